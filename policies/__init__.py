@@ -1,0 +1,4 @@
+"""Policies on shared blocks."""
+
+if __name__ == "policies":
+    raise ImportError("import vla_rl.policies, not policies")

@@ -1,0 +1,1 @@
+"""Tabletop tasks, one family a file."""

@@ -1,0 +1,1 @@
+"""Schedules, transition kernels, samplers and likelihoods of flow policies: pure functions, in torch."""

@@ -1,0 +1,1 @@
+"""On-policy algorithms, one file each: frozen config, pure losses, learner."""

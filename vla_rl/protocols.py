@@ -1,0 +1,249 @@
+"""What the parts of vla-rl ask of each other: environments, policies and their capabilities, learners.
+
+A capability is a small protocol of its own. A learner states which it needs and calls `require`, so that a mismatch is
+an error before anything is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from vla_rl.core import ActionChunk, ChunkStep, EnvSpec, Observation
+
+
+# ------------------------------------------------------------------------------------------------------ environments
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one control step did, for every environment of the batch; rows of inactive environments are ignored.
+
+    `reward`: float32 [N]. `terminated`, `truncated`, `success`: bool [N].
+    """
+
+    reward: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    success: Tensor
+
+
+@runtime_checkable
+class StepEnv(Protocol):
+    """A batch of environments advanced one control step at a time: what the author of an adapter writes.
+
+    Chunks, ends inside chunks, time limits, auto-reset and seeds of later episodes are not its business: they are
+    settled once, in `vla_rl.envs.vector.ChunkedEnv`.
+    """
+
+    spec: EnvSpec
+    num_envs: int
+
+    def reset(self, env_ids: Tensor, seeds: Tensor) -> None:
+        """Start new episodes in `env_ids` (int64 [M]); `seeds[j]` (int64, >= 0) decides all of episode `env_ids[j]`."""
+        ...
+
+    def step(self, actions: Tensor, active: Tensor) -> StepOutcome:
+        """Advance the environments where `active` (bool [N]) by one control step of `actions` (float32 [N, A]).
+
+        An inactive environment does not move at all: its next observation is the one it had.
+        """
+        ...
+
+    def observe(self, env_ids: Tensor, images: bool) -> Observation:
+        """Observations of `env_ids` (int64 [M]). With `images=False` nothing is rendered and `images` is empty."""
+        ...
+
+    def render(self, env_ids: Tensor) -> Tensor:
+        """A picture for people, uint8 [M, h, w, 3]."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the future; tensors and plain values, so that a run resumes bit for bit."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class ChunkedVectorEnv(Protocol):
+    """The contract that every environment of the project keeps, simulator or arm."""
+
+    spec: EnvSpec
+    num_envs: int
+
+    def reset(self, seeds: Sequence[int], env_ids: Sequence[int] | None = None) -> Observation:
+        """Start episodes in `env_ids` (default: all), seeded per environment; returns observations of all N."""
+        ...
+
+    def step(self, actions: Tensor, *, record: Sequence[int] = ()) -> ChunkStep:
+        """Execute `actions [N, K, A]`. Frames of the environments in `record` are rendered at every executed step."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+# ---------------------------------------------------------------------------------------------------------- policies
+@runtime_checkable
+class Policy(Protocol):
+    """Maps observations to action chunks. `noise` is the only source of randomness, and the caller owns it."""
+
+    action_horizon: int
+    action_dim: int
+
+    def act(self, obs: Observation, noise: Tensor) -> ActionChunk:
+        """The deployed policy: deterministic given `noise`, standard normal [N, H, A] (a Gaussian policy's sample noise,
+        a flow policy's start of the ODE). Zeros give the mode of a Gaussian policy."""
+        ...
+
+
+@dataclass(frozen=True)
+class PolicyInputs:
+    """An observation after the policy's own preprocessing: normalised state, token ids, resized pictures.
+
+    `images`: camera -> uint8 [N, 3, h, w]. `tokens`: int64 [N, T], 0 where padded. `state`: float32 [N, S] normalised.
+    """
+
+    images: Mapping[str, Tensor]
+    tokens: Tensor
+    state: Tensor
+
+    def __len__(self) -> int:
+        return self.state.shape[0]
+
+    def select(self, rows: Tensor) -> PolicyInputs:
+        return PolicyInputs({c: x[rows] for c, x in self.images.items()}, self.tokens[rows], self.state[rows])
+
+    def to(self, device: torch.device | str) -> PolicyInputs:
+        return PolicyInputs({c: x.to(device) for c, x in self.images.items()}, self.tokens.to(device), self.state.to(device))
+
+    @staticmethod
+    def concatenate(parts: Sequence[PolicyInputs]) -> PolicyInputs:
+        cameras = list(parts[0].images)
+        return PolicyInputs(
+            {c: torch.cat([p.images[c] for p in parts]) for c in cameras},
+            torch.cat([p.tokens for p in parts]),
+            torch.cat([p.state for p in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a policy's encoder makes of its inputs, once a decision; every denoising step and the critic read it.
+
+    `tokens`: float32 [N, T, D] for the action expert. `mask`: bool [N, T], True where a token counts.
+    `pooled`: float32 [N, F], the features that critics get.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def select(self, rows: Tensor) -> Prefix:
+        return Prefix(self.tokens[rows], self.mask[rows], self.pooled[rows])
+
+    def to(self, device: torch.device | str) -> Prefix:
+        return Prefix(self.tokens.to(device), self.mask.to(device), self.pooled.to(device))
+
+    def detach(self) -> Prefix:
+        return Prefix(self.tokens.detach(), self.mask, self.pooled.detach())
+
+    @staticmethod
+    def concatenate(parts: Sequence[Prefix]) -> Prefix:
+        return Prefix(
+            torch.cat([p.tokens for p in parts]), torch.cat([p.mask for p in parts]), torch.cat([p.pooled for p in parts])
+        )
+
+
+@dataclass(frozen=True)
+class VelocityOutput:
+    """`velocity`: float32 [N, H, A] = E[noise - action | x_t]. `hidden`: float32 [N, H, D], what a noise head reads."""
+
+    velocity: Tensor
+    hidden: Tensor
+
+
+@runtime_checkable
+class HasFeatures(Protocol):
+    """Features for a critic. `encoder_is_frozen` says that `encode` will not change, so its result may be cached."""
+
+    feature_dim: int
+    encoder_is_frozen: bool
+
+    def preprocess(self, obs: Observation) -> PolicyInputs: ...
+
+    def encode(self, inputs: PolicyInputs) -> Prefix: ...
+
+
+@runtime_checkable
+class FlowPolicy(HasFeatures, Policy, Protocol):
+    """A policy whose chunk comes from a velocity field. All tensors here live in the policy's normalised action space."""
+
+    hidden_dim: int
+
+    def velocity(self, prefix: Prefix, x_t: Tensor, flow_time: Tensor) -> VelocityOutput:
+        """`x_t` float32 [N, H, A], `flow_time` float32 [N] in [0, 1]: 1 is noise, 0 is the action."""
+        ...
+
+    def normalize_actions(self, actions: Tensor) -> Tensor: ...
+
+    def unnormalize_actions(self, actions: Tensor) -> Tensor:
+        """Exact inverse of `normalize_actions`."""
+        ...
+
+    def parameters(self, recurse: bool = True) -> Any: ...
+
+
+@runtime_checkable
+class GaussianPolicy(HasFeatures, Policy, Protocol):
+    """A policy whose chunk is a diagonal Gaussian, in the normalised action space."""
+
+    def distribution(self, prefix: Prefix) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, each float32 [N, H, A]."""
+        ...
+
+    def normalize_actions(self, actions: Tensor) -> Tensor: ...
+
+    def unnormalize_actions(self, actions: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class HasSupervisedLoss(Protocol):
+    """Can be fitted to demonstrations."""
+
+    def supervised_loss(self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """Per-sample loss [N] for normalised `actions [N, H, A]`; `mask` bool [N, H] is False at padded steps."""
+        ...
+
+
+class Learner(Protocol):
+    """An algorithm: owns networks and optimisers, turns collected data into updates."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def require(policy: object, *capabilities: type, by: str) -> None:
+    """Raise TypeError naming each protocol of `capabilities` that `policy` lacks; `by` is who asks."""
+    missing = [capability.__name__ for capability in capabilities if not isinstance(policy, capability)]
+    if missing:
+        raise TypeError(
+            f"{by} needs a policy with {', '.join(missing)}; {type(policy).__name__} has not. "
+            "Choose another algorithm or policy (see vla_rl/protocols.py)."
+        )
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]

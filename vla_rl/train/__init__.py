@@ -1,0 +1,1 @@
+"""The training loop, run folders, checkpoints, metrics, supervised fine-tuning."""
