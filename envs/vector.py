@@ -29,7 +29,9 @@ def episode_seed(base_seed: int, episode: int) -> int:
     """Seed of an environment's `episode`-th episode since it was seeded with `base_seed`; episode 0 has `base_seed`."""
     if episode == 0:
         return int(base_seed)
-    return int(np.random.SeedSequence([int(base_seed), episode]).generate_state(1, np.uint64)[0] & np.uint64(_SEED_LIMIT))
+    return int(
+        np.random.SeedSequence([int(base_seed), episode]).generate_state(1, np.uint64)[0] & np.uint64(_SEED_LIMIT)
+    )
 
 
 class ChunkedEnv:

@@ -106,7 +106,9 @@ class Observation:
 
     def __post_init__(self) -> None:
         if self.state.ndim != 2 or self.state.dtype != torch.float32:
-            raise ValueError(f"Observation.state must be float32 [N, S], got {self.state.dtype} {tuple(self.state.shape)}")
+            raise ValueError(
+                f"Observation.state must be float32 [N, S], got {self.state.dtype} {tuple(self.state.shape)}"
+            )
         n = self.state.shape[0]
         if len(self.instruction) != n:
             raise ValueError(f"Observation.instruction has {len(self.instruction)} sentences, expected {n}")
@@ -283,6 +285,15 @@ def chunk_discount(executed: Tensor, terminated: Tensor, gamma: float) -> Tensor
 
 
 __all__ = [
-    "ActionChunk", "ActionSpec", "CameraSpec", "ChunkStep", "ChunkTrace", "ChunkTransition", "EnvSpec", "Observation",
-    "Source", "chunk_discount", "chunk_reward",
+    "ActionChunk",
+    "ActionSpec",
+    "CameraSpec",
+    "ChunkStep",
+    "ChunkTrace",
+    "ChunkTransition",
+    "EnvSpec",
+    "Observation",
+    "Source",
+    "chunk_discount",
+    "chunk_reward",
 ]

@@ -123,7 +123,9 @@ class PolicyInputs:
         return PolicyInputs({c: x[rows] for c, x in self.images.items()}, self.tokens[rows], self.state[rows])
 
     def to(self, device: torch.device | str) -> PolicyInputs:
-        return PolicyInputs({c: x.to(device) for c, x in self.images.items()}, self.tokens.to(device), self.state.to(device))
+        return PolicyInputs(
+            {c: x.to(device) for c, x in self.images.items()}, self.tokens.to(device), self.state.to(device)
+        )
 
     @staticmethod
     def concatenate(parts: Sequence[PolicyInputs]) -> PolicyInputs:
@@ -162,7 +164,9 @@ class Prefix:
     @staticmethod
     def concatenate(parts: Sequence[Prefix]) -> Prefix:
         return Prefix(
-            torch.cat([p.tokens for p in parts]), torch.cat([p.mask for p in parts]), torch.cat([p.pooled for p in parts])
+            torch.cat([p.tokens for p in parts]),
+            torch.cat([p.mask for p in parts]),
+            torch.cat([p.pooled for p in parts]),
         )
 
 
@@ -222,7 +226,9 @@ class GaussianPolicy(HasFeatures, Policy, Protocol):
 class HasSupervisedLoss(Protocol):
     """Can be fitted to demonstrations."""
 
-    def supervised_loss(self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    def supervised_loss(
+        self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator
+    ) -> Tensor:
         """Per-sample loss [N] for normalised `actions [N, H, A]`; `mask` bool [N, H] is False at padded steps."""
         ...
 

@@ -1,0 +1,30 @@
+"""Every environment of the project, for the contract suite. Whoever adds an environment adds it here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import gymnasium as gym
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+from tests.contract.gym_env import DriftEnv
+from tests.contract.scripted_env import ScriptedEnv
+from vla_rl.envs.gym import GymStepEnv
+from vla_rl.protocols import StepEnv
+
+
+def _gym(mode: AutoresetMode, vector: type = SyncVectorEnv) -> Callable[[int], StepEnv]:
+    def make(num_envs: int) -> StepEnv:
+        makers = [lambda: gym.wrappers.TimeLimit(DriftEnv(), 13)] * num_envs
+        return GymStepEnv(vector(makers, autoreset_mode=mode), success_key="success", instruction="go right")
+
+    return make
+
+
+ENVIRONMENTS: dict[str, Callable[[int], StepEnv]] = {
+    "scripted": lambda n: ScriptedEnv(n, max_episode_steps=6),
+    "gym_disabled": _gym(AutoresetMode.DISABLED),
+    "gym_next_step": _gym(AutoresetMode.NEXT_STEP),
+    "gym_same_step": _gym(AutoresetMode.SAME_STEP),
+    "gym_async": _gym(AutoresetMode.SAME_STEP, AsyncVectorEnv),
+}

@@ -1,0 +1,101 @@
+"""What the Gymnasium adapter refuses, and that environments from a registry work."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from tests.contract.gym_env import DriftEnv
+from vla_rl.envs.gym import GymStepEnv, make_gym
+
+
+def test_registered_environment() -> None:
+    env = make_gym("Pendulum-v1", num_envs=2, instruction="swing up")
+    obs = env.reset([0, 1])
+    assert obs.state.shape == (2, 3)
+    assert obs.instruction == ("swing up", "swing up")
+    plain = gym.make("Pendulum-v1")
+    expected, _ = plain.reset(seed=1)
+    np.testing.assert_array_equal(obs.state[1].numpy(), expected)
+    actions = torch.full((2, 3, 1), 0.7)
+    step = env.step(actions)
+    rewards = [plain.step(np.array([0.7], np.float32))[1] for _ in range(3)]
+    np.testing.assert_allclose(step.rewards[1].numpy(), rewards, rtol=1e-6)
+    env.close()
+
+
+def test_dict_observation_becomes_cameras_and_state() -> None:
+    env = make_gym([DriftEnv] * 2, success_key="success")
+    obs = env.reset([5, 6])
+    assert list(obs.images) == ["pixels"]
+    assert env.spec.state_names == ("position_0", "position_1", "speed_0")
+    assert env.spec.control_hz == 20
+    single, _ = DriftEnv().reset(seed=5)
+    np.testing.assert_allclose(obs.state[0, :2].numpy(), single["position"], rtol=1e-6)
+    env.close()
+
+
+def test_success_is_read_in_every_autoreset_mode() -> None:
+    found = {}
+    for mode in AutoresetMode:
+        env = GymStepEnv(SyncVectorEnv([DriftEnv] * 4, autoreset_mode=mode), success_key="success")
+        env.reset(torch.arange(4), torch.arange(4))
+        active, successes = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
+        for _ in range(20):
+            outcome = env.step(torch.tensor([[1.0, 0.0]] * 4), active)
+            successes |= active & outcome.success
+            active &= ~(outcome.terminated | outcome.truncated)
+        found[mode] = successes.tolist()
+        assert torch.equal(env.observe(torch.arange(4), False).state[:, 0] > 1, successes)  # frozen at the end
+    assert found[AutoresetMode.DISABLED] == found[AutoresetMode.NEXT_STEP] == found[AutoresetMode.SAME_STEP]
+    assert any(found[AutoresetMode.DISABLED])
+
+
+def test_unsuitable_environments_are_refused() -> None:
+    with pytest.raises(ValueError, match="one-dimensional Box"):
+        make_gym("CartPole-v1")
+
+    class Unbounded(DriftEnv):
+        def __init__(self) -> None:
+            super().__init__()
+            self.action_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+    with pytest.raises(ValueError, match="must be bounded"):
+        make_gym([Unbounded])
+
+    class Discrete(DriftEnv):
+        def __init__(self) -> None:
+            super().__init__()
+            self.observation_space = gym.spaces.Dict({"mode": gym.spaces.Discrete(3)})
+
+    with pytest.raises(ValueError, match="only Box entries"):
+        make_gym([Discrete])
+
+
+def test_a_vector_environment_that_ignores_the_reset_mask_is_found_out() -> None:
+    class Careless(SyncVectorEnv):
+        def reset(self, *, seed=None, options=None):
+            return super().reset(seed=seed)
+
+    env = GymStepEnv(Careless([DriftEnv] * 2, autoreset_mode=AutoresetMode.DISABLED))
+    env.reset(torch.arange(2), torch.arange(2))
+    env.step(torch.zeros(2, 2), torch.ones(2, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="reset_mask"):
+        env.reset(torch.tensor([0]), torch.tensor([7]))
+
+
+def test_an_environment_without_pictures_says_so() -> None:
+    class Blind(DriftEnv):
+        def render(self) -> None:  # type: ignore[override]
+            return None
+
+        def _obs(self):
+            return {"pixels": np.zeros((4, 4, 3), np.uint8), "position": self._x.copy(), "speed": np.zeros(1)}
+
+    env = make_gym([Blind])
+    env.reset([0])
+    with pytest.raises(RuntimeError, match="render_mode='rgb_array'"):
+        env.render([0])
