@@ -1,0 +1,75 @@
+"""The action expert: a transformer over the steps of a chunk that reads the prefix and returns a velocity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vla_rl.policies.blocks.attention import attention_mask
+from vla_rl.policies.blocks.heads import mlp
+from vla_rl.policies.blocks.time_embedding import time_embedding
+from vla_rl.policies.blocks.transformer import AdaptiveRMSNorm, AdaptiveTransformerBlock
+from vla_rl.protocols import Prefix, VelocityOutput
+
+
+@dataclass(frozen=True)
+class ActionExpertConfig:
+    """Size of the expert. The velocity is most of the cost of on-policy updates, so it is narrow by default."""
+
+    width: int = 96
+    num_layers: int = 2
+    num_heads: int = 4
+    feed_forward_ratio: int = 2
+
+
+class ActionExpert(nn.Module):
+    """Velocity of a noisy chunk. Steps attend to each other and to the prefix; the flow time and the pooled prefix
+    modulate every norm (adaRMS). The last layer starts at zero, so the first velocity is zero."""
+
+    def __init__(
+        self, config: ActionExpertConfig, *, action_dim: int, action_horizon: int, prefix_width: int, pooled_dim: int
+    ) -> None:
+        super().__init__()
+        width = config.width
+        self.time_width = width
+        self.action_in = nn.Linear(action_dim, width)
+        self.position = nn.Parameter(0.02 * torch.randn(action_horizon, width))
+        self.time_mlp = mlp(width, [width], width)
+        self.pooled_in = nn.Linear(pooled_dim, width)
+        self.blocks = nn.ModuleList(
+            AdaptiveTransformerBlock(
+                width,
+                config.num_heads,
+                config.feed_forward_ratio * width,
+                condition_width=width,
+                context_width=prefix_width,
+            )
+            for _ in range(config.num_layers)
+        )
+        self.norm = AdaptiveRMSNorm(width, width)
+        self.action_out = nn.Linear(width, action_dim)
+        nn.init.zeros_(self.action_out.weight)
+        nn.init.zeros_(self.action_out.bias)
+
+    def forward(
+        self, prefix: Prefix, x_t: Tensor, flow_time: Tensor, step_mask: Tensor | None = None
+    ) -> VelocityOutput:
+        """`x_t [N, H, A]`, `flow_time [N]`; `step_mask` bool [N, H] hides padded steps from the others."""
+        condition = torch.nn.functional.silu(
+            self.time_mlp(time_embedding(flow_time, self.time_width)) + self.pooled_in(prefix.pooled)
+        )
+        prefix_mask = None if _all_true(prefix.mask) else prefix.mask
+        step_mask = None if step_mask is None or _all_true(step_mask) else step_mask
+        mask = attention_mask(prefix_mask, step_mask, prefix.tokens.shape[1], x_t.shape[1])
+        x = self.action_in(x_t) + self.position
+        for block in self.blocks:
+            x = block(x, block.attention.project_context(prefix.tokens), condition, mask)
+        hidden, _ = self.norm(x, condition)
+        return VelocityOutput(self.action_out(hidden).float(), hidden.float())
+
+
+def _all_true(mask: Tensor) -> bool:
+    """On a GPU the answer would cost a synchronisation, and a mask costs little there: say no."""
+    return mask.device.type == "cpu" and bool(mask.all())
