@@ -1,6 +1,6 @@
 """Short videos of episodes: H.264 in MP4, which every browser plays, encoded by PyAV.
 
-Pictures of a few dozen pixels are enlarged by a whole factor without blurring, so that a report shows what the policy saw.
+Small pictures are enlarged by a whole factor without blurring, so that a report shows what the policy saw.
 """
 
 from __future__ import annotations

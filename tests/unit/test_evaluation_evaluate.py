@@ -1,0 +1,340 @@
+"""Evaluation with a real environment and a real torch policy: what it counts, what it must not depend on."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vla_rl.core import ActionChunk, ActionSpec, CameraSpec, EnvSpec, Observation
+from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.evaluation.evaluate import evaluate, policy_noise
+from vla_rl.evaluation.result import EPISODES_FILE, SUMMARY_FILE, Episode, EvalResult
+from vla_rl.evaluation.video import read_video
+from vla_rl.protocols import StepOutcome
+from vla_rl.rollout.recorder import EpisodeRecorder
+from vla_rl.train import metrics
+
+HORIZON, DIM = 4, 2
+
+
+class PointEnv:
+    """A point in the plane that should touch a goal disc. The seed decides start, goal and a drift of every step.
+
+    `end_on_success=False` lets it go on, so that it may leave the goal again. State: position, goal, previous action.
+    """
+
+    def __init__(self, num_envs: int, *, max_steps: int | None = 19, end_on_success: bool = True) -> None:
+        self.num_envs = num_envs
+        self.end_on_success = end_on_success
+        self.spec = EnvSpec(
+            name="point",
+            cameras={"top": CameraSpec(12, 12)},
+            state_names=("x", "y", "goal_x", "goal_y", "last_x", "last_y"),
+            action=ActionSpec((-0.3, -0.3), (0.3, 0.3), ("dx", "dy")),
+            max_episode_steps=max_steps,
+            control_hz=10.0,
+        )
+        self.position = torch.zeros(num_envs, 2)
+        self.goal = torch.zeros(num_envs, 2)
+        self.last = torch.zeros(num_envs, 2)
+        self.seeds = torch.zeros(num_envs, dtype=torch.int64)
+        self.clock = torch.zeros(num_envs, dtype=torch.int64)
+        self.num_rendered = 0
+
+    def reset(self, env_ids, seeds):
+        for i, seed in zip(env_ids.tolist(), seeds.tolist(), strict=True):
+            rng = np.random.default_rng(seed)
+            self.position[i] = torch.from_numpy(rng.uniform(-1, 1, 2)).float()
+            self.goal[i] = torch.from_numpy(rng.uniform(-1, 1, 2)).float()
+        self.last[env_ids] = 0
+        self.seeds[env_ids] = seeds
+        self.clock[env_ids] = 0
+
+    def step(self, actions, active):
+        drift = 0.05 * torch.sin(self.seeds[:, None] + torch.stack([self.clock, self.clock + 1], 1).float())
+        moved = self.position + self.spec.action.clamp(actions) + drift
+        self.position = torch.where(active[:, None], moved, self.position)
+        self.last = torch.where(active[:, None], actions, self.last)
+        self.clock += active
+        distance = (self.position - self.goal).norm(dim=1)
+        success, lost = distance < 0.12, self.position.abs().amax(dim=1) > 3
+        return StepOutcome(-distance, (success & self.end_on_success) | lost, torch.zeros_like(success), success)
+
+    def observe(self, env_ids, images):
+        state = torch.cat([self.position, self.goal, self.last], dim=1)[env_ids]
+        sentences = tuple(f"go to the {'left' if self.goal[i, 0] < 0 else 'right'}" for i in env_ids.tolist())
+        return Observation({"top": self.render(env_ids)} if images else {}, state, sentences)
+
+    def render(self, env_ids):
+        self.num_rendered += len(env_ids)
+        pictures = torch.full((len(env_ids), 12, 12, 3), 255, dtype=torch.uint8)
+        for j, i in enumerate(env_ids.tolist()):
+            row, column = ((self.position[i] + 1.5) * 4).long().clamp(0, 11).tolist()
+            pictures[j, row, column] = torch.tensor([200, 0, 0], dtype=torch.uint8)
+        return pictures
+
+    def state_dict(self):
+        return {"position": self.position.clone()}
+
+    def load_state_dict(self, state):
+        self.position = state["position"].clone()
+
+    def close(self):
+        pass
+
+
+class MLPPolicy(nn.Module):
+    """A random network around a proportional controller: chaotic enough that one wrong bit shows in an episode."""
+
+    action_horizon, action_dim = HORIZON, DIM
+
+    def __init__(self, seed: int = 0, gain: float = 0.2) -> None:
+        super().__init__()
+        self.gain = gain
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(nn.Linear(6 + HORIZON * DIM, 96), nn.Tanh(), nn.Linear(96, HORIZON * DIM))
+        self.dropout = nn.Dropout(0.5)
+        self.batch_sizes: list[int] = []
+
+    def act(self, obs, noise):
+        self.batch_sizes.append(len(obs))
+        out = self.net(torch.cat([self.dropout(obs.state), noise.flatten(1)], dim=1)).view(-1, HORIZON, DIM)
+        towards = self.gain * (obs.state[:, 2:4] - obs.state[:, :2])
+        return ActionChunk(towards[:, None] + 0.5 * out + 0.1 * noise)
+
+
+def make_env(n: int) -> ChunkedEnv:
+    return ChunkedEnv(PointEnv(n), auto_reset=False)
+
+
+def run(seeds=range(100, 140), policy=None, env=make_env, **options) -> EvalResult:
+    defaults = {"execution_horizon": 3, "policy_batch_size": 8, "num_envs": 8, "progress": False}
+    return evaluate(policy or MLPPolicy(), env, list(seeds), **{**defaults, **options})
+
+
+def one_episode_at_a_time(seed: int, noise_seed: int = 0, batch: int = 8, row: int = 0) -> Episode:
+    """A plain loop over one environment, written independently of the evaluation."""
+    env, policy = make_env(1), MLPPolicy().eval()
+    obs = env.reset([seed])
+    instruction, length, total, once, decision = obs.instruction[0], 0, 0.0, False, 0
+    while True:
+        noise = torch.zeros(batch, HORIZON, DIM)
+        noise[row] = policy_noise(noise_seed, seed, decision, HORIZON, DIM)
+        with torch.no_grad():
+            actions = policy.act(obs.select(torch.zeros(batch, dtype=torch.int64)), noise).actions
+        step = env.step(actions[row : row + 1, :3])
+        length += int(step.executed.sum())
+        total += float(step.rewards.double().sum())
+        once |= bool(step.success[0])
+        decision += 1
+        if bool(step.ended[0]):
+            at_end, terminated = bool(step.success_at_end[0]), bool(step.terminated[0])
+            return Episode("point", seed, instruction, once, at_end, length, total, terminated)
+        obs = step.obs
+
+
+# --------------------------------------------------------------------------------------------------- independence
+def test_episodes_do_not_depend_on_the_number_of_environments():
+    reference = run(num_envs=1)
+    lengths = {episode.length for episode in reference.episodes}
+    assert 0.2 < reference.success_once.rate < 0.95
+    assert len(lengths) > 5  # ends at many places of a chunk, so the slots really mix
+    for num_envs in (3, 16, 40, 64):
+        assert run(num_envs=num_envs) == reference
+
+
+def test_an_episode_does_not_depend_on_its_company():
+    everything = run(seeds=range(100, 140))
+    part = run(seeds=range(116, 124))  # the same rows of the policy's batch: 116 is episode 16 there and 0 here
+    assert part.episodes == everything.episodes[16:24]
+
+
+@pytest.mark.parametrize("seed", [100, 105, 117])
+def test_an_episode_equals_a_plain_loop(seed):
+    result = run()
+    episode = next(e for e in result.episodes if e.seed == seed)
+    assert episode == one_episode_at_a_time(seed, row=(seed - 100) % 8)
+
+
+def test_the_policy_always_sees_one_batch_size():
+    for num_envs in (1, 5, 20):
+        policy = MLPPolicy()
+        run(policy=policy, num_envs=num_envs)
+        assert set(policy.batch_sizes) == {8}
+
+
+def test_rows_seldom_meet_in_a_long_evaluation():
+    policy = MLPPolicy()
+    result = run(seeds=range(200), policy=policy, num_envs=8)
+    decisions = sum(math.ceil(e.length / 3) for e in result.episodes)
+    assert len(policy.batch_sizes) < 1.25 * decisions / 8  # full batches but for the tail: 1.15 measured
+
+
+def test_the_noise_seed_matters_and_is_recorded():
+    assert run(noise_seed=1).episodes != run(noise_seed=0).episodes
+    assert run(noise_seed=1).config["noise_seed"] == 1
+
+
+def test_policy_noise_is_standard_normal_and_never_repeats():
+    draws = torch.stack([policy_noise(0, seed, d, 50, 4) for seed in range(20) for d in range(10)])
+    assert draws.dtype == torch.float32
+    assert abs(float(draws.mean())) < 0.02
+    assert abs(float(draws.std()) - 1) < 0.02
+    assert len({tuple(x.flatten().tolist()) for x in draws}) == len(draws)
+    assert torch.equal(policy_noise(3, 5, 7, 8, 2), policy_noise(3, 5, 7, 8, 2))
+    assert not torch.equal(policy_noise(3, 5, 7, 8, 2), policy_noise(5, 3, 7, 8, 2))
+    correlation = torch.corrcoef(draws.flatten(1))
+    assert float((correlation - torch.eye(len(draws))).abs().max()) < 0.4  # 200 numbers each: 5.5 sigma
+
+
+def test_dropout_is_off_and_the_mode_comes_back():
+    policy = MLPPolicy()
+    policy.train()
+    assert run(policy=policy) == run(policy=MLPPolicy().eval())
+    assert policy.training
+
+
+# ----------------------------------------------------------------------------------------------------- accounting
+def test_success_once_and_at_end_differ_where_the_episode_goes_on():
+    def env(n):
+        return ChunkedEnv(PointEnv(n, end_on_success=False), auto_reset=False)
+
+    result = run(env=env, policy=MLPPolicy(gain=0.3))
+    once = [e.success_once for e in result.episodes]
+    at_end = [e.success_at_end for e in result.episodes]
+    assert sum(at_end) < sum(once)
+    assert all(o for o, a in zip(once, at_end, strict=True) if a)
+    assert result.success_at_end.successes == sum(at_end)
+    stays = [e for e in result.episodes if not e.terminated]
+    assert {e.length for e in stays} == {19}
+
+
+def test_an_environment_without_a_limit_needs_one():
+    def env(n):
+        return ChunkedEnv(PointEnv(n, max_steps=None), auto_reset=False)
+
+    with pytest.raises(ValueError, match="max_episode_steps"):
+        run(env=env)
+    result = run(env=env, policy=MLPPolicy(gain=0.0), max_episode_steps=9)
+    assert max(e.length for e in result.episodes) == 9  # three chunks of three
+    assert run(env=env, policy=MLPPolicy(gain=0.0), max_episode_steps=9, num_envs=3) == result
+    with pytest.raises(ValueError, match="own limit"):
+        run(max_episode_steps=9)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"execution_horizon": 5}, "predicts 4 steps"),
+        ({"execution_horizon": 0}, "choose from 1 to 4"),
+        ({"seeds": []}, "no episode seeds"),
+        ({"seeds": [1, 2, 1]}, r"\[1\] are there twice"),
+        ({"seeds": [-1]}, "must be >= 0"),
+        ({"num_envs": 0}, "num_envs"),
+        ({"env": lambda n: ChunkedEnv(PointEnv(n))}, "auto_reset=False"),
+    ],
+)
+def test_bad_requests_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        run(**options)
+
+
+def test_a_policy_of_another_action_dimension_is_refused():
+    policy = MLPPolicy()
+    policy.action_dim = 7
+    with pytest.raises(ValueError, match=r"7 action dimensions, point expects 2 \(dx, dy\)"):
+        run(policy=policy)
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+def test_a_result_survives_the_disk(tmp_path):
+    result = run(config={"checkpoint": "sft"})
+    result.save(tmp_path)
+    loaded = EvalResult.load(tmp_path)
+    assert loaded == result
+    summary = json.loads((tmp_path / SUMMARY_FILE).read_text())
+    assert summary["n"] == 40
+    assert summary["config"]["checkpoint"] == "sft"
+    assert summary["success_once"]["low"] < summary["success_once"]["success_rate"] < summary["success_once"]["high"]
+    assert len((tmp_path / EPISODES_FILE).read_text().splitlines()) == 40
+
+
+def test_damaged_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=SUMMARY_FILE):
+        EvalResult.load(tmp_path)
+    run(seeds=range(6)).save(tmp_path)
+    lines = (tmp_path / EPISODES_FILE).read_text().splitlines()
+    (tmp_path / EPISODES_FILE).write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(ValueError, match="tells of 6 episodes"):
+        EvalResult.load(tmp_path)
+    (tmp_path / EPISODES_FILE).write_text("\n".join([*lines[:-1], lines[-1][:20]]))
+    with pytest.raises(ValueError, match="damaged"):
+        EvalResult.load(tmp_path)
+    (tmp_path / EPISODES_FILE).write_text('{"seed": 1}\n')
+    with pytest.raises(ValueError, match="must have the fields"):
+        EvalResult.load(tmp_path)
+
+
+def test_tasks_are_merged_with_a_row_each():
+    one, two = run(seeds=range(10), task="left"), run(seeds=range(10), task="right", noise_seed=0)
+    merged = EvalResult.merge([one, two])
+    assert list(merged.per_task) == ["left", "right"]
+    assert merged.success_once.n == 20
+    assert merged.success_once.successes == 2 * one.success_once.successes
+    table = merged.format_table()
+    assert [line.split()[0] for line in table.splitlines()] == ["task", "left", "right", "all"]
+    with pytest.raises(ValueError, match="noise_seed"):
+        EvalResult.merge([one, run(seeds=range(10), task="right", noise_seed=1)])
+    with pytest.raises(ValueError, match="twice"):
+        EvalResult.merge([one, one])
+
+
+# ---------------------------------------------------------------------------------------------------------- videos
+def test_chosen_episodes_are_filmed_and_only_they(tmp_path):
+    envs: list[PointEnv] = []
+
+    def env(n):
+        envs.append(PointEnv(n))
+        return ChunkedEnv(envs[-1], auto_reset=False, images=False)
+
+    recorder = EpisodeRecorder(tmp_path, seeds=[103, 131], control_hz=10)
+    filmed = run(env=env, record=recorder)
+    assert filmed == run()
+    lengths = {e.seed: e.length for e in filmed.episodes}
+    assert envs[0].num_rendered == lengths[103] + lengths[131]
+    assert set(recorder.recordings) == {103, 131}
+    for seed, recording in recorder.recordings.items():
+        episode = next(e for e in filmed.episodes if e.seed == seed)
+        assert recording.num_frames == episode.length
+        assert (recording.success, recording.instruction) == (episode.success_once, episode.instruction)
+        assert len(read_video(recording.path)) == episode.length
+    assert not recorder.wants(103)
+
+
+def test_an_interrupted_evaluation_leaves_no_half_video(tmp_path):
+    class Breaks(MLPPolicy):
+        def act(self, obs, noise):
+            if len(self.batch_sizes) == 2:
+                raise KeyboardInterrupt
+            return super().act(obs, noise)
+
+    recorder = EpisodeRecorder(tmp_path, seeds=range(100, 140), control_hz=10)
+    with pytest.raises(KeyboardInterrupt):
+        run(policy=Breaks(gain=0.05), record=recorder)
+    assert {p.name for p in tmp_path.iterdir()} == {r.path.name for r in recorder.recordings.values()}
+
+
+def test_progress_shows_episodes_and_the_rate(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(metrics.sys, "stderr", stream)
+    result = run(progress=True)
+    last = stream.getvalue().splitlines()[-1]
+    assert "evaluation: 40/40 ep" in last
+    assert f"success {result.success_once.rate:.2f}" in last

@@ -1,0 +1,277 @@
+"""Evaluate a policy on fixed episodes, so that the result depends on nothing but the policy and the episodes.
+
+Three things could make a result depend on how many environments run side by side, and each is taken away:
+
+* the episode: each environment is seeded for the one episode that it runs, and takes the next pending one when it ends;
+* the noise: the policy's noise for decision d of episode e is a counter-based stream addressed by (noise_seed, e, d);
+* arithmetic: the same row of a matrix product can round differently in a batch of another shape, or at another place
+  in it. So the policy always gets `policy_batch_size` rows, and episode i always sits in row i mod policy_batch_size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vla_rl.core import ChunkStep, Observation
+from vla_rl.evaluation.result import Episode, EvalResult
+from vla_rl.protocols import ChunkedVectorEnv, Policy
+from vla_rl.rollout.recorder import EpisodeRecorder
+from vla_rl.train.metrics import Progress
+
+
+@dataclass
+class _Slot:
+    """The episode that one environment is running, and what it has gathered so far."""
+
+    episode: int
+    seed: int
+    instruction: str
+    decision: int = 0
+    length: int = 0
+    episode_return: float = 0.0
+    success_once: bool = False
+
+
+def policy_noise(noise_seed: int, episode_seed: int, decision: int, action_horizon: int, action_dim: int) -> Tensor:
+    """Standard normal float32 [H, A] for one decision: Philox, keyed by the seeds, its counter at the decision.
+
+    No two (noise_seed, episode_seed, decision) share a block of the generator, and no draw depends on another.
+    """
+    bits = np.random.Philox(key=[noise_seed, episode_seed], counter=[0, 0, decision, 0])
+    draw = np.random.Generator(bits).standard_normal((action_horizon, action_dim), dtype=np.float32)
+    return torch.from_numpy(draw)
+
+
+def evaluate(
+    policy: Policy,
+    make_env: Callable[[int], ChunkedVectorEnv],
+    episode_seeds: Sequence[int],
+    *,
+    execution_horizon: int,
+    num_envs: int = 32,
+    policy_batch_size: int = 32,
+    noise_seed: int = 0,
+    task: str | None = None,
+    max_episode_steps: int | None = None,
+    record: EpisodeRecorder | None = None,
+    config: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> EvalResult:
+    """Run one episode for each of `episode_seeds` with the deployed policy and return them in that order.
+
+    `make_env(n)` builds n environments that do not reset themselves (`auto_reset=False`); it is closed afterwards.
+    `execution_horizon`: how many steps of each chunk are executed. `num_envs` changes the speed and never the result;
+    `policy_batch_size` and `noise_seed` are part of the protocol. `task` names the rows (default: the environment's
+    name). `max_episode_steps` is for environments without a time limit of their own; such an episode ends
+    with the chunk that reaches it. `config` is kept in the result.
+
+    Raises ValueError for bad seeds, an execution horizon that the policy's chunks do not have, an environment that
+    resets itself, or one that could run forever.
+    """
+    seeds = _checked_seeds(episode_seeds, noise_seed)
+    if not 1 <= execution_horizon <= policy.action_horizon:
+        raise ValueError(
+            f"evaluate: execution_horizon is {execution_horizon}, the policy predicts {policy.action_horizon} steps; "
+            f"choose from 1 to {policy.action_horizon}"
+        )
+    if num_envs < 1 or policy_batch_size < 1:
+        raise ValueError(f"evaluate: num_envs and policy_batch_size must be >= 1, got {num_envs}, {policy_batch_size}")
+    start = time.monotonic()
+    env = make_env(min(num_envs, len(seeds)))
+    try:
+        limit = _checked_env(env, policy, max_episode_steps)
+        run = _Run(env, policy, seeds, execution_horizon, policy_batch_size, noise_seed, task or env.spec.name, limit)
+        with _evaluation_mode(policy):
+            episodes = run.all_episodes(record, Progress(len(seeds), "evaluation", unit="ep") if progress else None)
+        protocol = {
+            "task": task or env.spec.name,
+            "env": env.spec.name,
+            "control_hz": env.spec.control_hz,
+            "max_episode_steps": limit,
+            "execution_horizon": execution_horizon,
+            "policy_batch_size": policy_batch_size,
+            "noise_seed": noise_seed,
+        }
+    finally:
+        if record is not None:
+            record.discard()
+        env.close()
+    return EvalResult(episodes, {**(config or {}), **protocol}, time.monotonic() - start)
+
+
+class _Run:
+    """The state of one evaluation: which environment runs which episode, and what is still to do."""
+
+    def __init__(
+        self,
+        env: ChunkedVectorEnv,
+        policy: Policy,
+        seeds: Sequence[int],
+        execution_horizon: int,
+        policy_batch_size: int,
+        noise_seed: int,
+        task: str,
+        limit: int,
+    ) -> None:
+        self.env, self.policy, self.task, self.limit = env, policy, task, limit
+        self.execution_horizon, self.batch_size, self.noise_seed = execution_horizon, policy_batch_size, noise_seed
+        self.seeds = seeds
+        self.pending = list(range(len(seeds)))
+        self.slots: dict[int, _Slot] = {}
+        self.finished: dict[int, Episode] = {}
+
+    def all_episodes(self, recorder: EpisodeRecorder | None, progress: Progress | None) -> tuple[Episode, ...]:
+        obs = self._fill(range(self.env.num_envs))
+        while self.slots:
+            actions = self._act(obs)
+            wanted = [i for i, slot in self.slots.items() if recorder is not None and recorder.wants(slot.seed)]
+            step = self.env.step(actions, record=wanted)
+            if recorder is not None:
+                for i, frames in step.frames.items():
+                    recorder.add(self.slots[i].seed, frames)
+            ended = self._account(step, recorder)
+            obs = self._fill(ended) if ended and self.pending else step.obs
+            if progress is not None:
+                successes = sum(episode.success_once for episode in self.finished.values())
+                rate = successes / max(1, len(self.finished))
+                progress.update(len(self.finished), success=f"{rate:.2f}")
+        return tuple(self.finished[i] for i in range(len(self.seeds)))
+
+    def _fill(self, free: Sequence[int]) -> Observation:
+        """Start pending episodes in the `free` environments; only one seeding call, so one observation."""
+        ids = list(free)[: len(self.pending)]
+        for i in ids:
+            episode = self._next_episode()
+            self.slots[i] = _Slot(episode, self.seeds[episode], instruction="")
+        obs = self.env.reset([self.slots[i].seed for i in ids], env_ids=ids)
+        for i in ids:
+            self.slots[i].instruction = obs.instruction[i]
+        return obs
+
+    def _next_episode(self) -> int:
+        """The first pending episode in the least crowded row of the policy's batch: a row taken twice costs a call."""
+        crowd = [0] * self.batch_size
+        for slot in self.slots.values():
+            crowd[slot.episode % self.batch_size] += 1
+        best = min(range(len(self.pending)), key=lambda j: (crowd[self.pending[j] % self.batch_size], j))
+        return self.pending.pop(best)
+
+    @torch.no_grad()
+    def _act(self, obs: Observation) -> Tensor:
+        """Actions [N, K, A]; environments without an episode get zeros, which do not move them."""
+        device = obs.state.device
+        shape = (self.policy.action_horizon, self.policy.action_dim)
+        actions = torch.zeros(self.env.num_envs, self.execution_horizon, self.policy.action_dim, device=device)
+        for rows in self._batches():
+            filler = next(iter(rows.values()))
+            source = torch.tensor([rows.get(r, filler) for r in range(self.batch_size)], device=device)
+            noise = torch.zeros(self.batch_size, *shape)
+            for row, i in rows.items():
+                slot = self.slots[i]
+                noise[row] = policy_noise(self.noise_seed, slot.seed, slot.decision, *shape)
+            chunk = self.policy.act(obs.select(source), noise.to(device)).actions
+            if tuple(chunk.shape) != (self.batch_size, *shape):
+                raise ValueError(
+                    f"the policy returned actions {tuple(chunk.shape)}, expected {(self.batch_size, *shape)}"
+                )
+            for row, i in rows.items():
+                actions[i] = chunk[row, : self.execution_horizon].to(actions)
+        return actions
+
+    def _batches(self) -> Iterator[dict[int, int]]:
+        """Row of the policy's batch -> environment, as few calls as the fixed rows allow."""
+        batches: list[dict[int, int]] = []
+        for i, slot in self.slots.items():
+            row = slot.episode % self.batch_size
+            for batch in batches:
+                if row not in batch:
+                    batch[row] = i
+                    break
+            else:
+                batches.append({row: i})
+        return iter(batches)
+
+    def _account(self, step: ChunkStep, recorder: EpisodeRecorder | None) -> list[int]:
+        """Add the chunk to the running episodes; returns the environments whose episode ended."""
+        lengths = step.executed.sum(dim=1).tolist()
+        returns = torch.where(step.executed, step.rewards.double(), 0.0).sum(dim=1).tolist()
+        success, at_end = step.success.tolist(), step.success_at_end.tolist()
+        terminated, ended = step.terminated.tolist(), step.ended.tolist()
+        done: list[int] = []
+        for i, slot in list(self.slots.items()):
+            slot.decision += 1
+            slot.length += lengths[i]
+            slot.episode_return += returns[i]
+            slot.success_once |= success[i]
+            if not ended[i] and slot.length < self.limit:
+                if not lengths[i]:
+                    raise RuntimeError(f"environment {i} executed nothing although episode {slot.seed} goes on")
+                continue
+            self.finished[slot.episode] = Episode(
+                task=self.task,
+                seed=slot.seed,
+                instruction=slot.instruction,
+                success_once=slot.success_once,
+                success_at_end=at_end[i],
+                length=slot.length,
+                episode_return=slot.episode_return,
+                terminated=terminated[i],
+            )
+            if recorder is not None:
+                recorder.finish(slot.seed, instruction=slot.instruction, success=slot.success_once)
+            del self.slots[i]
+            done.append(i)
+        return done
+
+
+def _checked_seeds(episode_seeds: Sequence[int], noise_seed: int) -> list[int]:
+    seeds = [int(seed) for seed in episode_seeds]
+    if not seeds:
+        raise ValueError("evaluate: no episode seeds; give at least one")
+    if len(set(seeds)) != len(seeds):
+        twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+        raise ValueError(f"evaluate: episode seeds {twice[:5]} are there twice; the same episode must count once")
+    if min(seeds) < 0 or noise_seed < 0:
+        raise ValueError(f"evaluate: seeds must be >= 0, got {min(seeds)} and noise_seed {noise_seed}")
+    return seeds
+
+
+def _checked_env(env: ChunkedVectorEnv, policy: Policy, max_episode_steps: int | None) -> int:
+    """The time limit of an episode in control steps, after everything that could go wrong with the environment."""
+    if getattr(env, "auto_reset", False):
+        raise ValueError("evaluate: the environment resets itself; build it with auto_reset=False")
+    if env.spec.action.dim != policy.action_dim:
+        raise ValueError(
+            f"evaluate: the policy has {policy.action_dim} action dimensions, {env.spec.name} expects "
+            f"{env.spec.action.dim} ({', '.join(env.spec.action.names)})"
+        )
+    own = env.spec.max_episode_steps
+    if own is not None and max_episode_steps is not None:
+        raise ValueError(
+            f"evaluate: {env.spec.name} has its own limit of {own} steps; set max_episode_steps there, not here"
+        )
+    limit = own if own is not None else max_episode_steps
+    if limit is None:
+        raise ValueError(f"evaluate: {env.spec.name} has no time limit and might never end; give max_episode_steps")
+    return limit
+
+
+@contextmanager
+def _evaluation_mode(policy: Policy) -> Iterator[None]:
+    """Dropout and the like off, and back to what it was."""
+    was_training = isinstance(policy, nn.Module) and policy.training
+    if was_training:
+        policy.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            policy.train()
