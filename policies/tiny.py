@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vla_rl.core import ActionChunk, Observation
+from vla_rl.data.normalization import Normalizer
 from vla_rl.flow.sampling import ode
-from vla_rl.policies.blocks.affine import AffineNormalizer, Normalization
 from vla_rl.policies.blocks.expert import ActionExpert, ActionExpertConfig
 from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig, flow_matching_loss
 from vla_rl.policies.blocks.heads import mlp
+from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
 from vla_rl.policies.blocks.text import TextEncoder, tokenize_bytes
 from vla_rl.policies.blocks.transformer import RMSNorm
 from vla_rl.policies.blocks.vision import ImageEncoder
@@ -101,8 +102,8 @@ class TinyVLA(nn.Module):
         self.config = config
         self.action_horizon, self.action_dim = config.action_horizon, config.action_dim
         self.hidden_dim = config.expert.width
-        self.state_normalizer = AffineNormalizer(config.state_dim)
-        self.action_normalizer = AffineNormalizer(config.action_dim)
+        self.state_normalizer = NormalizerBuffers(config.state_dim)
+        self.action_normalizer = NormalizerBuffers(config.action_dim)
         self.encoder = TinyEncoder(config)
         self.feature_dim = self.encoder.num_tokens * config.prefix_width + config.state_dim
         self.expert = ActionExpert(
@@ -113,10 +114,10 @@ class TinyVLA(nn.Module):
             pooled_dim=self.feature_dim,
         )
 
-    def set_normalization(self, state: Normalization, action: Normalization) -> None:
-        """Affine normalisers of the state [S] and of one step's action [A]."""
-        self.state_normalizer.set_from(state)
-        self.action_normalizer.set_from(action)
+    def set_normalization(self, state: Normalizer, action: Normalizer) -> None:
+        """Normalisers of the state [S] and of one control step's action [A], from the demonstrations' statistics."""
+        self.state_normalizer.set(state)
+        self.action_normalizer.set(action)
 
     # ------------------------------------------------------------------------------------------------ the encoder
     @property

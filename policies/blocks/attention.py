@@ -59,7 +59,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, prefix: PrefixKV | None = None, mask: Tensor | None = None) -> Tensor:
         """`x [N, L, width]` -> [N, L, width].
 
-        `mask`: bool, broadcastable to [N, heads, L, T + L] (prefix first), True where a query may look; None: everywhere.
+        `mask`: bool, broadcastable to [N, heads, L, T + L] (prefix first), True where a query may look; None: all may.
         """
         queries, keys, values = self.qkv(x).split(self._split, dim=-1)
         queries = self._heads(queries, self.num_heads)

@@ -8,6 +8,7 @@ softmax, Levine et al. 2016; feature modulation by text, FiLM, Perez et al. 2018
 
 from __future__ import annotations
 
+from itertools import pairwise
 import math
 
 import torch
@@ -102,7 +103,7 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"vision channels must be a multiple of 4, got {channels}")
         widths = [3] + [max(16, channels // 2)] * (halvings - 1) + [channels]
         stem: list[nn.Module] = []
-        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        for fan_in, fan_out in pairwise(widths):
             stem += [nn.Conv2d(fan_in, fan_out, 4, stride=2, padding=1), nn.ReLU()]
         self.stem = nn.Sequential(*stem[:-1])
         self.blocks = nn.ModuleList(ConvBlock(channels, condition_width) for _ in range(num_blocks))
