@@ -8,8 +8,8 @@ softmax, Levine et al. 2016; feature modulation by text, FiLM, Perez et al. 2018
 
 from __future__ import annotations
 
-from itertools import pairwise
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn

@@ -181,8 +181,8 @@ def _check_copy(path: Path, description: Mapping[str, Any]) -> None:
     different = [key for key in ("class", "config") if copy.get(key) != description[key]]
     if different:
         raise PolicyCheckpointError(
-            f"{path}: {' and '.join(different)} differ from what {WEIGHTS_FILE} was saved with. Editing this copy has no "
-            f"effect: delete it to use the saved values, or load the policy, change it and save it again"
+            f"{path}: {' and '.join(different)} differ from what {WEIGHTS_FILE} was saved with. Editing this copy has "
+            "no effect: delete it to use the saved values, or load the policy, change it and save it again"
         )
 
 

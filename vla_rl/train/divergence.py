@@ -1,0 +1,39 @@
+"""A loss that is not finite stops a run before any parameter changes, and leaves the batch for whoever looks into it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+class DivergenceError(RuntimeError):
+    """The loss or the gradient is not finite. `tensors`: the batch; `details`: JSON values such as its sentences."""
+
+    def __init__(self, message: str, tensors: Mapping[str, Tensor], details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self.details = dict(details or {})
+
+    def dump(self, path: str | Path) -> Path:
+        """Write the batch as safetensors, `message` and `details` in its header."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = {"message": str(self), "details": json.dumps(self.details)}
+        save_file({k: v.cpu().contiguous() for k, v in self.tensors.items()}, path, metadata=header)
+        return path
+
+
+def require_finite(
+    name: str, value: Tensor, tensors: Mapping[str, Tensor], details: Mapping[str, Any] | None = None
+) -> float:
+    """The number in `value`, or DivergenceError with the batch."""
+    number = float(value)
+    if not torch.isfinite(value).all():
+        raise DivergenceError(f"{name} is {number}: the parameters were left as they are", tensors, details)
+    return number

@@ -1,0 +1,291 @@
+"""Supervised fine-tuning of any policy that has a supervised loss (flow matching, Gaussian likelihood, ...).
+
+`run_sft` is the loop, `SupervisedTrainer` one update. On a CPU a run that was killed and resumed ends with the same
+parameters, bit for bit, as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vla_rl.core import EnvSpec, Observation
+from vla_rl.policies.checkpoints.native import save_policy
+from vla_rl.protocols import HasFeatures, HasSupervisedLoss, PolicyInputs, require, trainable_parameters
+from vla_rl.train.augmentation import AugmentationConfig, augment
+from vla_rl.train.divergence import DivergenceError, require_finite
+from vla_rl.train.ema import Ema
+from vla_rl.train.interrupt import StopOnInterrupt
+from vla_rl.train.metrics import MetricsLogger, Progress
+
+STATE_FILE, POLICY_FOLDER, DIVERGED_FILE = "sft_state.pt", "policy", "diverged_batch.safetensors"
+
+
+class BatchSampler(Protocol):
+    """Where training batches come from; deterministic, and resumable through its state."""
+
+    def batch(self) -> tuple[Observation, Tensor, Tensor]:
+        """Observations, actions [B, H, A] in the environment's units, mask bool [B, H] that is False at padded steps."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """`batch_size` is the sampler's; it is checked here so that a recipe says it once.
+
+    The learning rate rises linearly over `warmup_updates` and falls along a cosine to `final_lr_fraction` of its peak.
+    `ema_decay` 0 keeps the last parameters; otherwise the saved and returned policy holds their moving average.
+    `precision`: "auto" is bfloat16 autocast on a GPU and float32 on a CPU.
+    """
+
+    num_updates: int = 1000
+    batch_size: int = 96
+    learning_rate: float = 2e-3
+    warmup_updates: int = 50
+    final_lr_fraction: float = 0.01
+    weight_decay: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    ema_decay: float = 0.99
+    grad_clip: float = 1.0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    seed: int = 0
+    log_interval: int = 20
+    checkpoint_interval: int = 250
+
+    def __post_init__(self) -> None:
+        for name in ("num_updates", "batch_size", "log_interval", "checkpoint_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"SFTConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if not self.learning_rate > 0 or not self.grad_clip > 0:
+            raise ValueError("SFTConfig: learning_rate and grad_clip must be positive")
+        if not 0 <= self.warmup_updates < self.num_updates:
+            raise ValueError(
+                f"SFTConfig: warmup_updates {self.warmup_updates} must lie in [0, num_updates={self.num_updates})"
+            )
+
+    def learning_rate_at(self, update: int) -> float:
+        """Learning rate of the update with this index (0 is the first)."""
+        if update < self.warmup_updates:
+            return self.learning_rate * (update + 1) / self.warmup_updates
+        progress = (update - self.warmup_updates) / max(1, self.num_updates - self.warmup_updates)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        return self.learning_rate * (self.final_lr_fraction + (1.0 - self.final_lr_fraction) * cosine)
+
+
+@dataclass(frozen=True)
+class SFTResult:
+    """`num_updates` done so far; `finished` is False after Ctrl-C. `policy_folder` loads with `load_policy`."""
+
+    num_updates: int
+    finished: bool
+    policy_folder: Path
+    final_loss: float
+    wall_s: float
+
+
+class SupervisedTrainer:
+    """Owns optimiser, moving average and the random generator of one policy's supervised fine-tuning."""
+
+    def __init__(self, policy: nn.Module, config: SFTConfig) -> None:
+        require(policy, HasFeatures, HasSupervisedLoss, by="supervised fine-tuning")
+        self.policy: Any = policy
+        self.config = config
+        parameters = trainable_parameters(policy)
+        if not parameters:
+            raise ValueError("supervised fine-tuning: every parameter of the policy is frozen")
+        self.parameters = parameters
+        self.device = parameters[0].device
+        self.optimizer = torch.optim.AdamW(
+            parameters,
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.ema = Ema(parameters, config.ema_decay) if config.ema_decay > 0 else None
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.num_updates = 0
+        if config.precision == "bfloat16" and self.device.type == "cpu":
+            raise ValueError("precision 'bfloat16' is for a GPU and the policy is on the CPU; use 'auto' or 'float32'")
+
+    def update(self, obs: Observation, actions: Tensor, mask: Tensor) -> dict[str, float]:
+        """One gradient step. Raises DivergenceError, with nothing changed, where loss or gradient is not finite."""
+        if not bool(mask.any()):
+            raise ValueError("supervised fine-tuning: a batch has no unpadded step")
+        config = self.config
+        inputs = augment(self.policy.preprocess(obs), config.augmentation, self.generator)
+        targets, mask = self.policy.normalize_actions(actions.to(self.device)), mask.to(self.device)
+        with self._autocast():
+            losses = self.policy.supervised_loss(inputs, targets, mask, self.generator)
+        dump = _batch_tensors(inputs, actions, mask)
+        details = {"update": self.num_updates, "instruction": list(obs.instruction)}
+        loss = require_finite("the supervised loss", losses.mean(), dump, details)
+        self.optimizer.zero_grad()
+        losses.mean().backward()
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+        norm = require_finite("the gradient's norm", grad_norm, dump, details)
+        learning_rate = config.learning_rate_at(self.num_updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update()
+        self.num_updates += 1
+        return {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate}
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Context in which the policy holds the averaged parameters (the last ones without an average)."""
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "generator": self.generator.get_state(),
+            "num_updates": self.num_updates,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if (state["ema"] is None) != (self.ema is None):
+            raise ValueError("the stored run and this one differ in whether they average parameters (ema_decay)")
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.generator.set_state(state["generator"])
+        self.num_updates = int(state["num_updates"])
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.config.precision == "float32" or self.device.type == "cpu":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def run_sft(
+    policy: nn.Module,
+    sampler: BatchSampler,
+    config: SFTConfig,
+    run_dir: str | Path,
+    *,
+    resume: bool = False,
+    spec: EnvSpec | None = None,
+    tensorboard: bool = True,
+) -> SFTResult:
+    """Fine-tune `policy` in place; at the end it holds what lies in `run_dir/policy`.
+
+    Ctrl-C stops after the running update, saves and returns with `finished` False. `resume=True` goes on from
+    `run_dir/sft_state.pt`, or starts where there is none. Raises FileExistsError where a run would be overwritten,
+    ValueError where the configuration is not that of the stored run, DivergenceError for a loss that is not finite; the
+    batch is then in `run_dir/diverged_batch.safetensors` and the last checkpoint is untouched.
+    """
+    run_dir = Path(run_dir)
+    trainer = SupervisedTrainer(policy, config)
+    resumed = _start_or_resume(trainer, sampler, run_dir, resume)
+    progress = Progress(config.num_updates, "sft", unit="updates", initial=trainer.num_updates)
+    policy.train()
+    begin, last_loss = time.monotonic(), math.nan
+    logged, losses = time.monotonic(), []
+    with (
+        StopOnInterrupt() as stop,
+        MetricsLogger(run_dir, resume_after=trainer.num_updates if resumed else None, tensorboard=tensorboard) as log,
+    ):
+        while trainer.num_updates < config.num_updates and not stop.requested:
+            metrics = _update(trainer, sampler, run_dir)
+            losses.append(metrics["loss"])
+            last_loss = metrics["loss"]
+            if trainer.num_updates % config.log_interval == 0 or trainer.num_updates == config.num_updates:
+                rate = len(losses) * config.batch_size / (time.monotonic() - logged)
+                metrics["loss"] = last_loss = sum(losses) / len(losses)
+                log.log(trainer.num_updates, {f"sft/{k}": v for k, v in metrics.items()} | {"sft/samples_per_s": rate})
+                logged, losses = time.monotonic(), []
+            progress.update(trainer.num_updates, loss=last_loss)
+            if trainer.num_updates % config.checkpoint_interval == 0:
+                _save(trainer, sampler, run_dir, spec)
+        _save(trainer, sampler, run_dir, spec)
+    if trainer.ema is not None:
+        trainer.ema.copy_to_parameters()
+    policy.eval()
+    finished = trainer.num_updates >= config.num_updates
+    return SFTResult(trainer.num_updates, finished, run_dir / POLICY_FOLDER, last_loss, time.monotonic() - begin)
+
+
+def _update(trainer: SupervisedTrainer, sampler: BatchSampler, run_dir: Path) -> dict[str, float]:
+    obs, actions, mask = sampler.batch()
+    if len(obs) != trainer.config.batch_size:
+        raise ValueError(
+            f"the sampler gives batches of {len(obs)}, SFTConfig.batch_size is {trainer.config.batch_size}; "
+            "build the sampler with the configuration's batch size"
+        )
+    try:
+        return trainer.update(obs, actions, mask)
+    except DivergenceError as error:
+        path = error.dump(run_dir / DIVERGED_FILE)
+        error.add_note(f"batch written to {path}; the last good checkpoint is {run_dir / STATE_FILE}")
+        raise
+
+
+def _batch_tensors(inputs: PolicyInputs, actions: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    images = {f"images.{camera}": image for camera, image in inputs.images.items()}
+    return images | {"tokens": inputs.tokens, "state": inputs.state, "actions": actions, "mask": mask}
+
+
+# -------------------------------------------------------------------------------------------------------- run folder
+def _start_or_resume(trainer: SupervisedTrainer, sampler: BatchSampler, run_dir: Path, resume: bool) -> bool:
+    """True where a stored state was taken over."""
+    path = run_dir / STATE_FILE
+    if not path.exists():
+        return False
+    if not resume:
+        raise FileExistsError(f"{path} holds a run already; resume it, or choose another run folder")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds for a file cut short
+        raise ValueError(f"{path}: cannot be read ({error}); delete it to start this stage again") from error
+    here = _resume_key(trainer.config)
+    different = sorted(key for key in here if state["config"].get(key) != here[key])
+    if different:
+        changes = ", ".join(f"{k}: {state['config'].get(k)} -> {here[k]}" for k in different)
+        raise ValueError(f"{path}: the stored run has another configuration ({changes}); resume with the same one")
+    trainer.load_state_dict(state["trainer"])
+    sampler.load_state_dict(state["sampler"])
+    return True
+
+
+def _save(trainer: SupervisedTrainer, sampler: BatchSampler, run_dir: Path, spec: EnvSpec | None) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with trainer.averaged():
+        save_policy(trainer.policy, run_dir / POLICY_FOLDER, spec=spec, metadata={"sft_updates": trainer.num_updates})
+    state = {
+        "trainer": trainer.state_dict(),
+        "sampler": sampler.state_dict(),
+        "config": _resume_key(trainer.config),
+    }
+    partial = run_dir / f".{STATE_FILE}.{os.getpid()}.partial"
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, run_dir / STATE_FILE)
+
+
+def _resume_key(config: SFTConfig) -> dict[str, Any]:
+    """What must not change across a resume; how often to log or to save may."""
+    values = asdict(config)
+    del values["log_interval"], values["checkpoint_interval"]
+    values["betas"] = list(values["betas"])
+    return values
