@@ -79,7 +79,7 @@ def chain_kl(ours: LogProb, other: LogProb) -> Tensor:
 
 
 def k3_divergence(log_ratio: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(old || new) from `log_ratio` = log new - log old of old's samples; never negative."""
+    """Schulman's k3 estimate of KL(old || new) from `log_ratio` = log new - log old, drawn from old; >= 0."""
     return torch.expm1(log_ratio) - log_ratio
 
 

@@ -1,0 +1,127 @@
+"""Samplers bind a policy to a way of exploring: what a collector draws from and a learner scores with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vla_rl.flow.config import FlowSamplerConfig
+from vla_rl.flow.likelihood import LogProb, gaussian_entropy, gaussian_log_prob, log_prob
+from vla_rl.flow.sampling import sample_chain
+from vla_rl.protocols import FlowPolicy, GaussianPolicy, Prefix
+
+
+class ScoredTrace(Protocol):
+    """A trace whose scores a ratio can be formed with. `values` [N, E]: log-probabilities; `log_prob` [N]: their joint."""
+
+    values: Tensor
+    log_prob: Tensor
+
+    def __len__(self) -> int: ...
+
+    def select(self, rows: Tensor) -> Any: ...
+
+
+class ChunkSampler(Protocol):
+    """Draws normalised chunks with a trace, and scores traces under the current parameters."""
+
+    policy: Any
+
+    def sample(self, prefix: Prefix, generator: torch.Generator) -> tuple[Tensor, Any]:
+        """Normalised actions [N, H, A] and their trace."""
+        ...
+
+    def score(self, prefix: Prefix, trace: Any) -> LogProb:
+        """Differentiable scores of a trace."""
+        ...
+
+    def joint_clip(self, clip: float) -> float:
+        """The bound on the joint log-ratio that a ratio clip amounts to."""
+        ...
+
+
+class FlowSampler:
+    """Stochastic denoising chains of a flow policy."""
+
+    def __init__(self, policy: FlowPolicy, config: FlowSamplerConfig, noise_head: nn.Module | None = None) -> None:
+        config.scored_shape(policy.action_horizon, policy.action_dim)  # fail before anything runs
+        if (noise_head is not None) != (config.kernel == "flow_noise"):
+            raise ValueError(
+                f"kernel {config.kernel} with noise_head={type(noise_head).__name__}: flow_noise alone has one"
+            )
+        self.policy = policy
+        self.config = config
+        self.noise_head = noise_head
+
+    def sample(self, prefix: Prefix, generator: torch.Generator) -> tuple[Tensor, Any]:
+        device = prefix.tokens.device
+        shape = (len(prefix), self.policy.action_horizon, self.policy.action_dim)
+        x_1 = torch.randn(shape, generator=generator, device=device)
+        return sample_chain(self.policy, prefix, x_1, self.config, generator, self.noise_head)
+
+    def score(self, prefix: Prefix, trace: Any) -> LogProb:
+        return log_prob(self.policy, prefix, trace, self.config, self.noise_head)
+
+    def joint_clip(self, clip: float) -> float:
+        return self.config.joint_clip(clip, self.policy.action_horizon, self.policy.action_dim)
+
+
+@dataclass(frozen=True)
+class GaussianTrace:
+    """`actions`: normalised, not clamped, [N, H, A]. `values` [N, 1] and `log_prob` [N]: of the scored part."""
+
+    actions: Tensor
+    values: Tensor
+    log_prob: Tensor
+
+    def __len__(self) -> int:
+        return self.actions.shape[0]
+
+    def select(self, rows: Tensor) -> GaussianTrace:
+        return GaussianTrace(self.actions[rows], self.values[rows], self.log_prob[rows])
+
+    def to(self, device: torch.device | str) -> GaussianTrace:
+        return GaussianTrace(self.actions.to(device), self.values.to(device), self.log_prob.to(device))
+
+    @staticmethod
+    def concatenate(parts: list[GaussianTrace]) -> GaussianTrace:
+        return GaussianTrace(
+            torch.cat([p.actions for p in parts]),
+            torch.cat([p.values for p in parts]),
+            torch.cat([p.log_prob for p in parts]),
+        )
+
+
+class GaussianSampler:
+    """Chunks of a diagonal Gaussian policy. `scored_horizon`: the action steps that count, those executed (None: all)."""
+
+    def __init__(self, policy: GaussianPolicy, scored_horizon: int | None = None) -> None:
+        horizon = policy.action_horizon if scored_horizon is None else scored_horizon
+        if not 1 <= horizon <= policy.action_horizon:
+            raise ValueError(f"scored_horizon is {horizon}, expected 1..{policy.action_horizon}")
+        self.policy = policy
+        self.scored_horizon = horizon
+
+    def _score(self, prefix: Prefix, actions: Tensor) -> LogProb:
+        mean, std = (x.float()[:, : self.scored_horizon] for x in self.policy.distribution(prefix))
+        joint = gaussian_log_prob(actions[:, : self.scored_horizon], mean, std).sum(dim=(1, 2))
+        no_step = torch.full((len(actions), 1), -1, dtype=torch.int64, device=actions.device)
+        entropy = gaussian_entropy(std).expand_as(mean).mean(dim=(1, 2))
+        return LogProb(joint[:, None], no_step, joint, entropy, mean[:, None], std.expand_as(mean)[:, None])
+
+    @torch.no_grad()
+    def sample(self, prefix: Prefix, generator: torch.Generator) -> tuple[Tensor, GaussianTrace]:
+        mean, std = self.policy.distribution(prefix)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        actions = mean.float() + std.float() * noise
+        score = self._score(prefix, actions)
+        return actions, GaussianTrace(actions, score.values, score.joint)
+
+    def score(self, prefix: Prefix, trace: GaussianTrace) -> LogProb:
+        return self._score(prefix, trace.actions)
+
+    def joint_clip(self, clip: float) -> float:
+        return clip

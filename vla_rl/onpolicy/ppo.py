@@ -1,0 +1,146 @@
+"""PPO on chunks (arXiv 1707.06347), for flow policies through their denoising chains (arXiv 2510.25889) and for Gaussians.
+
+batch = collector.collect(num_decisions)
+metrics = ppo.update(batch)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vla_rl.core import chunk_discount, chunk_reward
+from vla_rl.flow.config import FlowSamplerConfig
+from vla_rl.flow.noise_head import NoiseHead
+from vla_rl.flow.sampler import ChunkSampler, FlowSampler
+from vla_rl.onpolicy.actor import ActorConfig, ActorData, ActorUpdate, DemoSource, StepWeighting
+from vla_rl.onpolicy.advantages import explained_variance, gae, normalize_advantages
+from vla_rl.onpolicy.critic import CriticConfig, CriticUpdate
+from vla_rl.protocols import FlowPolicy, HasFeatures, require
+from vla_rl.rollout.collector import RolloutBatch
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """`gamma`: per control step; a chunk of k executed steps discounts by gamma^k. `gae_lambda`: per chunk.
+    `critic_warmup_iterations`: updates that fit the critic and leave the policy alone. `shuffle_advantages`: the negative
+    control, which must not learn: advantages are dealt out to decisions at random."""
+
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    normalize_advantages: bool = True
+    critic_warmup_iterations: int = 2
+    shuffle_advantages: bool = False
+    seed: int = 0
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+
+    def __post_init__(self) -> None:
+        if not (0.0 < self.gamma <= 1.0 and 0.0 <= self.gae_lambda <= 1.0):
+            raise ValueError(f"expected 0 < gamma <= 1 and 0 <= gae_lambda <= 1, got {self.gamma}, {self.gae_lambda}")
+
+
+def flow_sampler(policy: FlowPolicy, config: FlowSamplerConfig, *, seed: int = 0) -> FlowSampler:
+    """A sampler of `policy`, with a new noise head where the kernel has one. `seed` decides the head's first weights."""
+    require(policy, FlowPolicy, by=f"the sampler {config.kernel}")
+    if config.kernel != "flow_noise":
+        return FlowSampler(policy, config)
+    device = next(iter(policy.parameters())).device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = NoiseHead(policy.hidden_dim, policy.action_dim, *config.std_range).to(device)
+    return FlowSampler(policy, config, head)
+
+
+class PPO:
+    """Owns the critic and both optimisers; the policy inside `sampler` is changed in place.
+
+    `demos`: source of demonstrations, with `config.actor.bc_coef`. `step_weighting`: see `dppo.py`.
+    """
+
+    def __init__(
+        self,
+        sampler: ChunkSampler,
+        config: PPOConfig,
+        *,
+        demos: DemoSource | None = None,
+        step_weighting: StepWeighting | None = None,
+    ) -> None:
+        require(sampler.policy, HasFeatures, by="PPO")
+        self.sampler, self.config = sampler, config
+        device = next(iter(sampler.policy.parameters())).device
+        self._generator = torch.Generator(device=device).manual_seed(config.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self._critic = CriticUpdate(sampler.policy.feature_dim, config.critic, device)
+        self._actor = ActorUpdate(sampler, config.actor, demos=demos, step_weighting=step_weighting)
+        self.num_updates = 0
+
+    @property
+    def critic(self) -> torch.nn.Module:
+        """V on features `[M, F]` -> `[M]`."""
+        return self._critic.critic
+
+    @torch.no_grad()
+    def advantages(self, batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Advantages (neither normalised nor shuffled), value targets and old values, each [T, N]."""
+        gamma, (t, n) = self.config.gamma, batch.valid.shape
+        both = self.critic(torch.cat([batch.features, batch.bootstrap_features]))
+        values, bootstrap_values = both[: t * n].unflatten(0, (t, n)), both[t * n :]
+        k = batch.rewards.shape[2]
+        executed = batch.executed.reshape(t * n, k)
+        rewards = chunk_reward(batch.rewards.reshape(t * n, k), executed, gamma).unflatten(0, (t, n))
+        discounts = chunk_discount(executed, batch.terminated.flatten(), gamma).unflatten(0, (t, n))
+        following = batch.next_values(values, bootstrap_values)
+        advantages, targets = gae(rewards, discounts, values, following, batch.ended, self.config.gae_lambda)
+        return advantages, targets, values
+
+    def update(self, batch: RolloutBatch) -> dict[str, float]:
+        """One update of policy and critic from a rollout. Raises DivergenceError before a step that would spoil them."""
+        config = self.config
+        if not bool(batch.valid.any()):
+            raise ValueError("the rollout holds no decision that the policy executed")
+        advantages, targets, values = self.advantages(batch)
+        flat_valid = batch.valid.flatten()
+        features, old, target = batch.features[flat_valid], values[batch.valid], targets[batch.valid]
+        metrics = {
+            "explained_variance": explained_variance(old, target),
+            "advantage_std": float(advantages[batch.valid].std(correction=0)),
+            "value_mean": float(old.mean()),
+            "num_samples": float(len(target)),
+        }
+        if config.normalize_advantages:
+            advantages = normalize_advantages(advantages, batch.valid)
+        if config.shuffle_advantages:
+            advantages = self._shuffled(advantages, batch.valid)
+        if self.num_updates >= config.critic_warmup_iterations:
+            metrics |= self._actor.update(ActorData.from_rollout(batch, advantages), self._generator)
+        metrics |= self._critic.update(features, old, target, self._generator)
+        self.num_updates += 1
+        return metrics
+
+    def _shuffled(self, advantages: Tensor, valid: Tensor) -> Tensor:
+        chosen = advantages[valid]
+        order = torch.randperm(len(chosen), generator=self._generator, device=chosen.device)
+        shuffled = advantages.clone()
+        shuffled[valid] = chosen[order]
+        return shuffled
+
+    def state_dict(self) -> dict[str, Any]:
+        """Policy, noise head, critic, optimisers, generator and counters: all that the next update depends on."""
+        return {
+            "actor": self._actor.state_dict(),
+            "critic": self._critic.state_dict(),
+            "generator": self._generator.get_state(),
+            "num_updates": self.num_updates,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._actor.load_state_dict(state["actor"])
+        self._critic.load_state_dict(state["critic"])
+        self._generator.set_state(state["generator"])
+        self.num_updates = state["num_updates"]

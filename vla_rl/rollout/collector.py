@@ -1,0 +1,317 @@
+"""Collects decisions of a policy in a chunked environment, ready for an on-policy update.
+
+Every observation is encoded once: what is computed for the next decision serves as the bootstrap's features too, and
+where the encoder is frozen the result is kept for all epochs of the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla_rl.core import ChunkStep, Observation
+from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.flow.sampler import ChunkSampler, ScoredTrace
+from vla_rl.protocols import PolicyInputs, Prefix
+
+
+@dataclass(frozen=True)
+class EpisodeStats:
+    """Episodes that ended while collecting. `success_once`, `success_at_end`: bool [E]; `length`: int64 [E], control
+    steps; `returns`: float32 [E], undiscounted. `num_started`: episodes begun while collecting.
+
+    Short episodes are more likely to end within a window, so the rate among finished ones is biased towards them;
+    `success_per_started` is not, over many windows.
+    """
+
+    success_once: Tensor
+    success_at_end: Tensor
+    length: Tensor
+    returns: Tensor
+    num_started: int
+
+    def __len__(self) -> int:
+        return self.length.shape[0]
+
+    def metrics(self) -> dict[str, float]:
+        """Means; only counts where no episode ended."""
+        counts = {"episodes_finished": float(len(self)), "episodes_started": float(self.num_started)}
+        if len(self) == 0:
+            return counts
+        return counts | {
+            "success_rate": self.success_once.float().mean().item(),
+            "success_at_end_rate": self.success_at_end.float().mean().item(),
+            "success_per_started": self.success_once.sum().item() / max(self.num_started, 1),
+            "episode_length": self.length.float().mean().item(),
+            "episode_return": self.returns.mean().item(),
+        }
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """T decisions of N environments. "Rows" are decisions flattened in time order: row = t * N + n.
+
+    `prefix`: rows, where the encoder is frozen; else None and `inputs` holds what to encode again.
+    `features`: float32 rows [T*N, F], what the critic sees. `trace`: rows.
+    `rewards` float32, `executed` bool: [T, N, K]. `terminated`, `truncated`, `success`: bool [T, N].
+    `valid`: bool [T, N], at least one step of the chunk was executed by the policy.
+    `bootstrap_features`: [B, F], true successors that are no later row: ends by truncation, and the last decisions.
+    `bootstrap_index`: int64 [T, N] into them, -1 where the successor is the next row or needs no value.
+    """
+
+    prefix: Prefix | None
+    inputs: PolicyInputs | None
+    features: Tensor
+    trace: Any
+    rewards: Tensor
+    executed: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    success: Tensor
+    valid: Tensor
+    bootstrap_features: Tensor
+    bootstrap_index: Tensor
+    episodes: EpisodeStats
+    policy_version: int = 0
+
+    @property
+    def ended(self) -> Tensor:
+        """bool [T, N]."""
+        return self.terminated | self.truncated
+
+    @property
+    def num_decisions(self) -> int:
+        """T."""
+        return self.rewards.shape[0]
+
+    def next_values(self, values: Tensor, bootstrap_values: Tensor) -> Tensor:
+        """V of each decision's true successor, [T, N], from `values [T, N]` and `bootstrap_values [B]`; 0 after a
+        termination."""
+        following = torch.cat([values[1:], torch.zeros_like(values[:1])])
+        if len(bootstrap_values):
+            chosen = bootstrap_values[self.bootstrap_index.clamp(min=0)]
+            following = torch.where(self.bootstrap_index >= 0, chosen, following)
+        return torch.where(self.terminated, torch.zeros_like(following), following)
+
+
+class _Window:
+    """What one call of `collect` gathers."""
+
+    def __init__(self, started: int) -> None:
+        self.prefixes: list[Prefix] = []
+        self.inputs: list[PolicyInputs] = []
+        self.traces: list[Any] = []
+        self.steps: list[ChunkStep] = []
+        self.executed: list[Tensor] = []
+        self.bootstrap_features: list[Tensor] = []
+        self.bootstrap_index: list[Tensor] = []
+        self.finished: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.started = started
+
+
+class RolloutCollector:
+    """Runs a sampler's policy in a chunked environment.
+
+    `execution_horizon`: steps of each chunk that are executed. `seed` decides the policy's noise, and the episodes unless
+    `env_seeds` (one an environment) does. Actions reach the environment unclamped; clamping is its business.
+    """
+
+    def __init__(
+        self,
+        env: ChunkedEnv,
+        sampler: ChunkSampler,
+        *,
+        execution_horizon: int,
+        seed: int,
+        env_seeds: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        policy = sampler.policy
+        if not 1 <= execution_horizon <= policy.action_horizon:
+            raise ValueError(f"execution_horizon is {execution_horizon}, expected 1..{policy.action_horizon} (H)")
+        if policy.action_dim != env.spec.action.dim:
+            raise ValueError(
+                f"the policy has {policy.action_dim} action dimensions, {env.spec.name} {env.spec.action.dim}"
+            )
+        self.env = env
+        self.sampler = sampler
+        self.execution_horizon = execution_horizon
+        self.policy_version = 0
+        self._env_seeds = list(env_seeds) if env_seeds is not None else _env_seeds(seed, env.num_envs)
+        self._generator = torch.Generator(device=device).manual_seed(seed)
+        self._obs: Observation | None = None
+        self._inputs: PolicyInputs | None = None
+        self._prefix: Prefix | None = None
+        n = env.num_envs
+        self._return = torch.zeros(n)
+        self._length = torch.zeros(n, dtype=torch.int64)
+        self._success = torch.zeros(n, dtype=torch.bool)
+
+    def collect(self, num_decisions: int) -> RolloutBatch:
+        """`num_decisions` decisions of every environment, going on where the last call stopped."""
+        if num_decisions < 1:
+            raise ValueError(f"num_decisions is {num_decisions}, expected at least 1")
+        if not self.env.auto_reset:
+            raise ValueError("collect needs an environment with auto_reset=True; collect_episodes does not")
+        first = self._obs is None
+        if first:
+            self._reset(self._env_seeds)
+        window = _Window(started=self.env.num_envs if first else 0)
+        for t in range(num_decisions):
+            step = self._decide(window)
+            window.executed.append(step.executed)
+            self._count(window, step, step.ended)
+            window.started += len(step.final_ids)
+            self._successors(window, step, last=t == num_decisions - 1)
+        return self._batch(window)
+
+    def collect_episodes(self, seeds: Sequence[int]) -> RolloutBatch:
+        """One episode of every environment, from its start to its end; decisions after it are not `valid`.
+
+        A later `collect` starts new episodes. The environment must end its episodes by `spec.max_episode_steps`.
+        """
+        if self.env.spec.max_episode_steps is None:
+            raise ValueError(f"{self.env.spec.name} has no max_episode_steps; collect_episodes would not end")
+        self._reset(seeds)
+        window = _Window(started=self.env.num_envs)
+        alive = torch.ones(self.env.num_envs, dtype=torch.bool, device=self._observed().state.device)
+        while bool(alive.any()):
+            step = self._decide(window)
+            window.executed.append(step.executed & alive[:, None])
+            self._count(window, step, step.ended & alive)
+            alive = alive & ~step.ended
+            self._successors(window, step, last=not bool(alive.any()))
+        self._obs = self._inputs = self._prefix = None
+        return self._batch(window)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the future of the rollouts. The current observation is not in it: it is read again."""
+        return {
+            "env": self.env.state_dict() if self._obs is not None else None,
+            "generator": self._generator.get_state(),
+            "policy_version": self.policy_version,
+            "return": self._return.clone(),
+            "length": self._length.clone(),
+            "success": self._success.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._generator.set_state(state["generator"])
+        self.policy_version = state["policy_version"]
+        self._return, self._length = state["return"].clone(), state["length"].clone()
+        self._success = state["success"].clone()
+        self._obs = self._inputs = self._prefix = None
+        if state["env"] is not None:
+            self.env.load_state_dict(state["env"])
+            self._obs = self.env.observe()
+
+    # ------------------------------------------------------------------------------------------------------- one step
+    def _reset(self, seeds: Sequence[int]) -> None:
+        self._obs = self.env.reset(seeds)
+        self._inputs = self._prefix = None
+        self._return.zero_()
+        self._length.zero_()
+        self._success.zero_()
+
+    def _observed(self) -> Observation:
+        if self._obs is None:
+            raise RuntimeError("no observation yet")
+        return self._obs
+
+    @torch.no_grad()
+    def _decide(self, window: _Window) -> ChunkStep:
+        policy = self.sampler.policy
+        policy.eval()  # dropout would make the update's ratios noisy
+        fresh = not window.traces
+        if self._inputs is None:
+            self._inputs = policy.preprocess(self._observed())
+        if self._prefix is None or (fresh and not policy.encoder_is_frozen):
+            self._prefix = policy.encode(self._inputs)
+        prefix = self._prefix
+        normalized, trace = self.sampler.sample(prefix, self._generator)
+        actions = policy.unnormalize_actions(normalized)[:, : self.execution_horizon]
+        step = self.env.step(actions.to(self._observed().state.device))
+        window.traces.append(trace)
+        window.prefixes.append(prefix)
+        if not policy.encoder_is_frozen:
+            window.inputs.append(self._inputs)
+        window.steps.append(step)
+        self._obs = step.obs
+        self._inputs = policy.preprocess(step.obs)
+        self._prefix = policy.encode(self._inputs)
+        return step
+
+    @torch.no_grad()
+    def _successors(self, window: _Window, step: ChunkStep, *, last: bool) -> None:
+        """Features of the true successors that will not be a later row."""
+        policy = self.sampler.policy
+        index = torch.full((self.env.num_envs,), -1, dtype=torch.int64)
+        used = sum(len(features) for features in window.bootstrap_features)
+        needed = (step.truncated & ~step.terminated)[step.final_ids].nonzero().flatten()
+        if step.final_obs is not None and len(needed):
+            final = policy.encode(policy.preprocess(step.final_obs.select(needed)))
+            index[step.final_ids[needed].cpu()] = torch.arange(used, used + len(needed))
+            window.bootstrap_features.append(final.pooled)
+            used += len(needed)
+        if last and self._prefix is not None:
+            going_on = ~step.ended.cpu()
+            index[going_on] = torch.arange(self.env.num_envs)[going_on] + used
+            window.bootstrap_features.append(self._prefix.pooled)
+        window.bootstrap_index.append(index)
+
+    def _count(self, window: _Window, step: ChunkStep, ended: Tensor) -> None:
+        self._return += step.rewards.sum(dim=1).cpu()
+        self._length += step.executed.sum(dim=1).cpu()
+        self._success |= step.success.cpu()
+        ids = ended.nonzero().flatten().cpu()
+        if len(ids):
+            at_end = step.success_at_end.cpu()[ids]
+            window.finished.append((self._success[ids], at_end, self._length[ids], self._return[ids]))
+        over = step.ended.cpu()
+        self._return[over], self._length[over], self._success[over] = 0.0, 0, False
+
+    def _batch(self, window: _Window) -> RolloutBatch:
+        frozen = self.sampler.policy.encoder_is_frozen
+        features = torch.cat([p.pooled for p in window.prefixes])
+        device = features.device
+        executed = torch.stack(window.executed).to(device)
+        empty = torch.zeros(0)
+        columns = [torch.cat(c) for c in zip(*window.finished, strict=True)] or [
+            empty.bool(),
+            empty.bool(),
+            empty.long(),
+            empty,
+        ]
+        bootstrap = window.bootstrap_features
+        trace_type = type(window.traces[0])
+        return RolloutBatch(
+            prefix=Prefix.concatenate(window.prefixes) if frozen else None,
+            inputs=None if frozen else PolicyInputs.concatenate(window.inputs),
+            features=features,
+            trace=trace_type.concatenate(window.traces),
+            rewards=torch.stack([s.rewards for s in window.steps]).to(device),
+            executed=executed,
+            terminated=torch.stack([s.terminated for s in window.steps]).to(device),
+            truncated=torch.stack([s.truncated for s in window.steps]).to(device),
+            success=torch.stack([s.success for s in window.steps]).to(device),
+            valid=executed.any(dim=2),
+            bootstrap_features=torch.cat(bootstrap) if bootstrap else features[:0],
+            bootstrap_index=torch.stack(window.bootstrap_index).to(device),
+            episodes=EpisodeStats(*columns, num_started=window.started),
+            policy_version=self.policy_version,
+        )
+
+
+def _env_seeds(seed: int, num_envs: int) -> list[int]:
+    """One seed an environment, the same for the first n whatever their number."""
+    return [
+        int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] >> np.uint64(1)) for i in range(num_envs)
+    ]
+
+
+__all__ = ["EpisodeStats", "RolloutBatch", "RolloutCollector", "ScoredTrace"]
