@@ -71,6 +71,8 @@ class DatasetSpec:
         if self.image_format not in ("png", "mp4"):
             raise ValueError(f'DatasetSpec: image_format must be "png" or "mp4", got {self.image_format!r}')
         for name, camera in self.cameras.items():
+            if not name or "/" in name:
+                raise ValueError(f"DatasetSpec: a camera's name becomes a folder and must have no '/', got {name!r}")
             if self.image_format == "mp4" and (camera.height % 2 or camera.width % 2):
                 raise ValueError(
                     f"DatasetSpec: H.264 needs even sizes, camera {name!r} is {camera.height}x{camera.width}; "

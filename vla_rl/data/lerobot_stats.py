@@ -1,8 +1,8 @@
 """Statistics of datasets: min, max, mean, std, count and quantiles of every feature, as LeRobot v3.0 keeps them.
 
 Numbers of vector features are exact over the frames that they are computed from (population std, linear quantiles).
-Pictures: per channel, in [0, 1], shape [3, 1, 1], exact over a sample of at most `MAX_IMAGES` evenly spaced frames of an
-episode; over a dataset their quantiles are the frame-weighted mean of the episodes' (all else is combined exactly).
+Pictures: per channel, in [0, 1], shape [3, 1, 1], exact over a sample of at most `MAX_IMAGES` evenly spaced frames of
+an episode; over a dataset their quantiles are the frame-weighted mean of the episodes' (all else is combined exactly).
 """
 
 from __future__ import annotations

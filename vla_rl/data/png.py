@@ -1,8 +1,8 @@
 """Pictures to PNG bytes and back.
 
 Encoding is our own: one filter ("up", the difference to the row above) for a whole episode at once in numpy, then
-zlib's run-length strategy. Measured on one core for 64x64 pictures of a rendered kind: 11,000 frames/s with sensor-like noise
-and 50,000 without, where Pillow at its fastest setting makes 3,100 and 11,000 at about the same size.
+zlib's run-length strategy. Measured on one core for 64x64 pictures of a rendered kind: 11,000 frames/s with sensor-like
+noise and 50,000 without, where Pillow at its fastest setting makes 3,100 and 11,000 at about the same size.
 PNG: https://www.w3.org/TR/png-3/, sections 5 (chunks) and 9 (filters).
 """
 

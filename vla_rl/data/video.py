@@ -17,7 +17,7 @@ _QUALITY = "18"  # H.264 constant rate factor: visually lossless
 
 def encode_mp4(images: Tensor, fps: float) -> bytes:
     """H.264 video of `images` uint8 [T, h, w, 3] (even sizes), frame t at t / fps seconds."""
-    t, h, w, _ = images.shape
+    h, w = images.shape[1:3]
     out = io.BytesIO()
     rate = Fraction(fps).limit_denominator(1000)
     with av.open(out, mode="w", format="mp4") as container:
