@@ -1,0 +1,169 @@
+"""Charts as inline SVG, in pure Python: bars with intervals and learning curves.
+
+Colours are CSS classes (`s-baseline`, `s-trained`, ...; see report.css), so the page decides light or dark. Every
+series also differs by a label or a dash pattern, so that no reader depends on colour.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from vla_rl.evaluation.statistics import Rate
+
+_WIDTH = 344.0
+_Scale = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One rate of a bar chart; `style` is a role of report.css."""
+
+    label: str
+    rate: Rate
+    style: str
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve. `band`: lower and upper values at each x, or None. Points must be finite and sorted by x."""
+
+    label: str
+    style: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    band: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+
+def bar_chart(bars: Sequence[Bar], title: str) -> str:
+    """Horizontal bars from 0 to 1 with whiskers for the intervals."""
+    row, top, left, right = 46.0, 6.0, 4.0, _WIDTH - 12.0
+    height = top + row * len(bars) + 24.0
+
+    def at(value: float) -> float:
+        return left + value * (right - left)
+
+    parts = [_open(height, title, "; ".join(f"{bar.label} {bar.rate}" for bar in bars))]
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        anchor = "start" if tick == 0 else "end" if tick == 1 else "middle"
+        parts.append(f'<line class="grid" x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="{top}" y2="{height - 20:.1f}"/>')
+        parts.append(_text(at(tick), height - 6, f"{tick:.0%}", "tick", anchor))
+    for i, bar in enumerate(bars):
+        y = top + row * i
+        parts.append(_text(left, y + 13, bar.label, "label"))
+        interval = f"{bar.rate.rate:.1%}  [{bar.rate.low:.1%}, {bar.rate.high:.1%}]"
+        parts.append(_text(right, y + 13, interval, "value", "end"))
+        width = max(1.5, at(bar.rate.rate) - left)
+        parts.append(f'<rect class="track" x="{left}" y="{y + 20:.1f}" width="{right - left}" height="16" rx="3"/>')
+        parts.append(
+            f'<rect class="fill s-{bar.style}" x="{left}" y="{y + 20:.1f}" width="{width:.1f}" height="16" rx="3"/>'
+        )
+        parts.append(_whisker(at(bar.rate.low), at(bar.rate.high), y + 28))
+    return "".join(parts) + "</svg>"
+
+
+def line_chart(series: Sequence[Series], title: str, *, x_label: str, percent: bool = False) -> str:
+    """Curves with their bands, axes with round ticks, and each curve's name at its right end.
+
+    `percent`: the axis goes from 0 to 100%. Raises ValueError without a point.
+    """
+    if not any(s.x for s in series):
+        raise ValueError(f"line_chart: no points for {title!r}")
+    left, right, top, bottom = 44.0, _WIDTH - 10.0, 10.0, 176.0
+    xs = [x for s in series for x in s.x]
+    x_low, x_high = min(xs), max(xs)
+    y_ticks = (0.0, 0.25, 0.5, 0.75, 1.0) if percent else _ticks(*_y_range(series), 4)
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+
+    def px(x: float) -> float:
+        return left + (x - x_low) / ((x_high - x_low) or 1.0) * (right - left)
+
+    def py(y: float) -> float:
+        return bottom - (min(max(y, y_low), y_high) - y_low) / (y_high - y_low) * (bottom - top)
+
+    last = ", ".join(f"{s.label} ends at {s.y[-1]:.3g}" for s in series if s.y)
+    parts = [_open(230, title, last)]
+    for tick in y_ticks:
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
+        parts.append(_text(left - 6, py(tick) + 4, f"{tick:.0%}" if percent else _number(tick), "tick", "end"))
+    x_ticks = _ticks(x_low, x_high, 5, inside=True)
+    parts += [_text(px(tick), bottom + 16, _number(tick), "tick", "middle") for tick in x_ticks]
+    parts.append(_text(right, bottom + 32, x_label, "tick", "end"))
+    parts += [_curve(s, px, py) for s in series]
+    parts.append(_legend(series, left, bottom + 46))
+    return "".join(parts) + "</svg>"
+
+
+def _curve(series: Series, px: _Scale, py: _Scale) -> str:
+    out = ""
+    if series.band is not None and len(series.x) > 1:
+        low, high = series.band
+        ring = [(px(x), py(y)) for x, y in zip(series.x, high, strict=True)]
+        ring += [(px(x), py(y)) for x, y in zip(reversed(series.x), reversed(low), strict=True)]
+        out += f'<polygon class="band s-{series.style}" points="{_points(ring)}"/>'
+    line = [(px(x), py(y)) for x, y in zip(series.x, series.y, strict=True)]
+    out += f'<polyline class="curve s-{series.style}" points="{_points(line)}"/>'
+    if len(line) <= 25:
+        out += "".join(f'<circle class="dot s-{series.style}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in line)
+    return out
+
+
+def _legend(series: Sequence[Series], left: float, y: float) -> str:
+    if len(series) < 2:
+        return ""
+    out, x = "", left
+    for s in series:
+        out += f'<line class="curve s-{s.style}" x1="{x:.1f}" x2="{x + 22:.1f}" y1="{y - 4}" y2="{y - 4}"/>'
+        out += _text(x + 28, y, s.label, "label")
+        x += 44 + 6.6 * len(s.label)
+    return out
+
+
+def _whisker(low: float, high: float, y: float) -> str:
+    path = f"M{low:.1f} {y - 5}v10M{low:.1f} {y}H{high:.1f}M{high:.1f} {y - 5}v10"
+    return f'<path class="halo" d="{path}"/><path class="whisker" d="{path}"/>'
+
+
+def _y_range(series: Sequence[Series]) -> tuple[float, float]:
+    values = [y for s in series for y in s.y]
+    values += [y for s in series if s.band is not None for side in s.band for y in side]
+    return min(values), max(values)
+
+
+def _ticks(low: float, high: float, count: int, *, inside: bool = False) -> tuple[float, ...]:
+    """About `count` round numbers that cover [low, high], or with `inside` lie in it."""
+    if high <= low:
+        pad = abs(low) * 0.1 or 1.0
+        low, high = (low, high) if inside else (low - pad, high + pad)
+    if high == low:
+        return (low,)
+    raw = (high - low) / count
+    magnitude = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * magnitude for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * magnitude >= raw * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9) if inside else math.floor(low / step + 1e-9)
+    last = math.floor(high / step + 1e-9) if inside else math.ceil(high / step - 1e-9)
+    return tuple(round(i * step, 12) for i in range(first, last + 1))
+
+
+def _number(value: float) -> str:
+    if value != 0 and (abs(value) >= 1e5 or abs(value) < 1e-3):
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:g}"
+
+
+def _points(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+
+
+def _text(x: float, y: float, text: str, style: str, anchor: str = "start") -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _open(height: float, title: str, description: str) -> str:
+    """The picture as a screen reader meets it: one image with a title and the numbers in words."""
+    return (
+        f'<svg viewBox="0 0 {_WIDTH:g} {height:g}" role="img" aria-label="{escape(title)}: {escape(description)}" '
+        'xmlns="http://www.w3.org/2000/svg">'
+    )

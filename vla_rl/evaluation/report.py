@@ -1,0 +1,379 @@
+"""The report of a run: one HTML file with everything in it, which needs neither network nor server.
+
+It answers, in this order: did it get better, how sure is that, where, what does it look like, how did it learn, what
+did it cost, and how is it repeated.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Literal
+
+from vla_rl.evaluation.charts import Bar, Series, bar_chart, line_chart
+from vla_rl.evaluation.compare import Comparison, compare
+from vla_rl.evaluation.result import CRITERIA, EvalResult
+from vla_rl.evaluation.statistics import Difference, Rate
+from vla_rl.rollout.recorder import Recording
+from vla_rl.train.metrics import Metrics, format_duration, read_metrics
+
+Role = Literal["baseline", "trained", "control", "expert", "other"]
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One policy of the table. `role` decides colour and what the verdict says about it; `note` explains it."""
+
+    label: str
+    role: Role
+    result: EvalResult
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Metrics of one training run: a `metrics.jsonl`, or the run folder that holds it."""
+
+    label: str
+    role: Role
+    metrics: Path
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One learning-curve chart: the first metric of a run that matches one of `patterns` (as in file names).
+
+    Where `<metric>_low` and `<metric>_high` exist they become a band.
+    """
+
+    title: str
+    patterns: tuple[str, ...]
+    percent: bool = False
+
+
+PANELS = (
+    Panel("Success in training rollouts", ("train/success_rate", "rollout/success_rate"), percent=True),
+    Panel("Success on evaluation episodes", ("eval/success_rate", "eval/success_once"), percent=True),
+    Panel("KL from the behavior policy", ("*/joint_kl", "*/kl_joint", "*/approx_kl", "*/kl")),
+    Panel("Explained variance of the value", ("*/explained_variance", "*/value_explained_variance")),
+    Panel("Share of clipped samples", ("*/clip_fraction", "*/clip_frac"), percent=True),
+    Panel("Supervised loss", ("sft/loss", "sft/train_loss")),
+)
+
+
+@dataclass(frozen=True)
+class VideoPair:
+    """The same episode before and after training."""
+
+    seed: int
+    instruction: str
+    before: Path
+    after: Path
+    before_success: bool
+    after_success: bool
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything that the report shows.
+
+    `rows`: policies in the order of the table, exactly one "baseline" and one "trained", evaluated on the same
+    episodes.
+    `stage_wall_s`: seconds by stage. `provenance`: name -> text (config, revision, versions, seeds; text of several
+    lines is shown as it is). `command`: what to type to get this again. `criterion`: which success decides.
+    """
+
+    title: str
+    rows: tuple[ReportRow, ...]
+    command: str
+    description: str = ""
+    curves: tuple[Curve, ...] = ()
+    panels: tuple[Panel, ...] = PANELS
+    videos: tuple[VideoPair, ...] = ()
+    stage_wall_s: Mapping[str, float] = field(default_factory=dict)
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    criterion: str = "success_once"
+
+    def __post_init__(self) -> None:
+        roles = [row.role for row in self.rows]
+        if roles.count("baseline") != 1 or roles.count("trained") != 1:
+            raise ValueError(f"ReportData: expected one baseline and one trained row, got the roles {roles}")
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"ReportData: criterion must be one of {CRITERIA}, got {self.criterion!r}")
+
+    def row(self, role: Role) -> ReportRow:
+        return next(row for row in self.rows if row.role == role)
+
+    def rate(self, row: ReportRow) -> Rate:
+        return row.result.rate(self.criterion)
+
+
+def video_pairs(
+    before: Mapping[int, Recording], after: Mapping[int, Recording], limit: int = 6
+) -> tuple[VideoPair, ...]:
+    """Pairs of the recordings that both sides have, in the order of their seeds: chosen by nothing else, so that a
+    report does not show the best ones only."""
+    shared = sorted(before.keys() & after.keys())[:limit]
+    return tuple(
+        VideoPair(s, after[s].instruction, before[s].path, after[s].path, before[s].success, after[s].success)
+        for s in shared
+    )
+
+
+def write_report(path: str | Path, data: ReportData) -> Path:
+    """Write the report as one HTML file, atomically, and return its path.
+
+    Raises FileNotFoundError for a video or metrics file that is missing, and EpisodesDifferError where the baseline and
+    the trained policy were not evaluated on the same episodes.
+    """
+    baseline, trained = data.row("baseline"), data.row("trained")
+    comparison = compare(
+        baseline.result, trained.result, names=(baseline.label, trained.label), criterion=data.criterion
+    )
+    page = Template(_resource("report.html")).substitute(
+        title=escape(data.title),
+        description=escape(data.description),
+        css=_resource("report.css"),
+        javascript=_resource("report.js"),
+        verdict=_verdict(data, comparison),
+        table=_table(data, comparison),
+        bars=_bars_and_time(data),
+        videos=_videos(data),
+        curves=_curves(data),
+        provenance=_provenance(data.provenance),
+        command=_command(data.command),
+    )
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, target)
+    return target
+
+
+def verdict_sentence(comparison: Comparison) -> str:
+    """What may be claimed from the paired comparison, in one sentence."""
+    first, second = comparison.names
+    r = comparison.overall
+    rates = f"{r.first.rate:.1%} to {r.second.rate:.1%}"
+    change = f"{_points(r.difference.value)} points, {_interval_points(r.difference)}"
+    if r.difference.low > 0:
+        return f"{second} is better than {first}: success rises from {rates} ({change})."
+    if r.difference.high < 0:
+        return f"{second} is worse than {first}: success falls from {rates} ({change})."
+    return f"No difference between {second} and {first} can be claimed: success goes from {rates} ({change})."
+
+
+def _verdict(data: ReportData, comparison: Comparison) -> str:
+    shown = [
+        data.row("baseline"),
+        data.row("trained"),
+        *(row for row in data.rows if row.role in ("control", "expert")),
+    ]
+    numbers = "".join(
+        f'<div class="number b-{row.role}"><b>{data.rate(row).rate:.1%}</b>'
+        f"<span>{escape(row.label)}<br>{_interval(data.rate(row))} &middot; n&nbsp;=&nbsp;{data.rate(row).n}</span></div>"
+        for row in shown
+    )
+    r = comparison.overall
+    rest = (
+        f"Same {r.first.n} episodes for both: {r.both} solved by both, {r.only_second} only by "
+        f"{comparison.names[1]}, {r.only_first} only by {comparison.names[0]}, {r.neither} by neither "
+        f"(exact McNemar test, {_p_value(r.p_value)}). Intervals are at {r.first.confidence:.0%}."
+    )
+    for row in data.rows:
+        if row.role == "control":
+            rest += " " + _control_sentence(data, row)
+    notes = "".join(f'<p class="rest">Note: {escape(note)}.</p>' for note in comparison.notes if _is_protocol(note))
+    return (
+        f'<section class="verdict"><p class="sentence">{escape(verdict_sentence(comparison))}</p>'
+        f'<div class="numbers">{numbers}</div><p class="rest">{escape(rest)}</p>{notes}</section>'
+    )
+
+
+def _control_sentence(data: ReportData, control: ReportRow) -> str:
+    """How far the control came from the baseline; it should not have moved."""
+    baseline = data.row("baseline")
+    difference = compare(baseline.result, control.result, criterion=data.criterion).overall.difference
+    return (
+        f"{control.label} is the control: it moved by {_points(difference.value)} points from {baseline.label} "
+        f"({_interval_points(difference)})."
+    )
+
+
+def _is_protocol(note: str) -> bool:
+    """Settings that should be equal when two policies are compared; a checkpoint's name naturally is not."""
+    names = ("env", "execution_horizon", "max_episode_steps", "noise_seed", "policy_batch_size", "control_hz", "split")
+    return note.split(" is ")[0] in names
+
+
+def _table(data: ReportData, comparison: Comparison) -> str:
+    rows = ""
+    for row in data.rows:
+        s = row.result.summary
+        note = f"<small>{escape(row.note)}</small>" if row.note else ""
+        rows += (
+            f'<tr><td><span class="key s-{row.role}"></span>{escape(row.label)}{note}</td><td>{s.success_once.n}</td>'
+            f"<td>{s.success_once.rate:.1%}<small>{_interval(s.success_once)}</small></td>"
+            f"<td>{s.success_at_end.rate:.1%}<small>{_interval(s.success_at_end)}</small></td>"
+            f"<td>{s.mean_length:.1f}</td><td>{s.mean_return:.2f}</td></tr>"
+        )
+    once = comparison.criterion == "success_once"
+    hint = (
+        f"Success {'at some step' if once else 'at the last step'} of the episode decides the verdict. "
+        "Brackets: Wilson intervals. Length in control steps."
+    )
+    return (
+        f'<section><h2>Results</h2><p class="hint">{hint}</p><div class="scroll"><table><thead><tr><th>policy</th>'
+        "<th>episodes</th><th>success once</th><th>success at end</th><th>length</th><th>return</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div></section>"
+    )
+
+
+def _bars_and_time(data: ReportData) -> str:
+    """A single task's chart leaves room beside it, many tasks do not."""
+    bars, time = _bars(data), _wall_time(data.stage_wall_s)
+    single = len({task for row in data.rows for task in row.result.per_task}) == 1
+    return f'<div class="columns">{bars}{time}</div>' if single and time else bars + time
+
+
+def _bars(data: ReportData) -> str:
+    """One chart a task, each with a bar a policy."""
+    tasks = list(dict.fromkeys(task for row in data.rows for task in row.result.per_task))
+    charts = ""
+    for task in tasks:
+        bars = [
+            Bar(row.label, getattr(row.result.per_task[task], data.criterion), row.role)
+            for row in data.rows
+            if task in row.result.per_task
+        ]
+        title = f"{task} (n = {', '.join(sorted({str(bar.rate.n) for bar in bars}))})"
+        charts += f"<figure><h3>{escape(title)}</h3>{bar_chart(bars, f'Success rate on {task}')}</figure>"
+    return (
+        '<section><h2>Success by task</h2><p class="hint">Whiskers are Wilson intervals of the rates.</p>'
+        f'<div class="grid-cards">{charts}</div></section>'
+    )
+
+
+def _videos(data: ReportData) -> str:
+    if not data.videos:
+        return ""
+    before, after = data.row("baseline").label, data.row("trained").label
+    pairs = ""
+    for pair in data.videos:
+        sides = _side(before, pair.before, pair.before_success) + _side(after, pair.after, pair.after_success)
+        pairs += (
+            f'<figure class="pair"><figcaption><q>{escape(pair.instruction)}</q> '
+            f'<small>seed {pair.seed}</small></figcaption><div class="sides">{sides}</div></figure>'
+        )
+    return (
+        '<section><h2>The same episodes, before and after</h2><p class="hint">The same start, sentence and noise on '
+        "both sides; episodes chosen by their seeds, not by their outcome. Click a video to play the pair again.</p>"
+        f'<div class="pairs">{pairs}</div></section>'
+    )
+
+
+def _side(label: str, video: Path, success: bool) -> str:
+    if not video.exists():
+        raise FileNotFoundError(f"write_report: the video {video} is missing; record it, or leave the pair out")
+    encoded = base64.b64encode(video.read_bytes()).decode("ascii")
+    outcome = '<span class="outcome yes">✓ solved</span>' if success else '<span class="outcome no">✗ failed</span>'
+    return (
+        f'<div class="side"><video muted playsinline preload="auto" tabindex="0" aria-label="{escape(label)}" '
+        f'src="data:video/mp4;base64,{encoded}"></video>{escape(label)} &middot; {outcome}</div>'
+    )
+
+
+def _curves(data: ReportData) -> str:
+    sources = [(curve, read_metrics(curve.metrics)) for curve in data.curves]
+    figures = ""
+    for panel in data.panels:
+        series = [s for curve, rows in sources if (s := _series(curve, panel, rows)) is not None]
+        if series:
+            chart = line_chart(series, panel.title, x_label="iteration", percent=panel.percent)
+            figures += f"<figure><h3>{escape(panel.title)}</h3>{chart}</figure>"
+    if not figures:
+        return ""
+    return (
+        '<section><h2>Learning curves</h2><p class="hint">Success in training rollouts includes the exploration noise '
+        f'and training starts.</p><div class="grid-cards">{figures}</div></section>'
+    )
+
+
+def _series(curve: Curve, panel: Panel, rows: Sequence[Metrics]) -> Series | None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    key = next((name for pattern in panel.patterns for name in names if fnmatchcase(name, pattern)), None)
+    if key is None:
+        return None
+    points = [row for row in rows if math.isfinite(row.get(key, math.nan))]
+    if not points:
+        return None
+    low, high = f"{key}_low", f"{key}_high"
+    has_band = all(math.isfinite(row.get(end, math.nan)) for row in points for end in (low, high))
+    return Series(
+        curve.label,
+        curve.role,
+        x=tuple(row["iteration"] for row in points),
+        y=tuple(row[key] for row in points),
+        band=(tuple(row[low] for row in points), tuple(row[high] for row in points)) if has_band else None,
+    )
+
+
+def _wall_time(stages: Mapping[str, float]) -> str:
+    if not stages:
+        return ""
+    total = sum(stages.values())
+    items = "".join(
+        f'<li><span>{escape(stage)}</span><span class="bar"><i style="width:{100 * seconds / (total or 1):.1f}%"></i>'
+        f"</span><span>{format_duration(seconds)}</span></li>"
+        for stage, seconds in stages.items()
+    )
+    return f'<section><h2>Wall time: {format_duration(total)}</h2><ul class="stages">{items}</ul></section>'
+
+
+def _provenance(provenance: Mapping[str, str]) -> str:
+    if not provenance:
+        return ""
+    items = ""
+    for name, text in provenance.items():
+        shown = escape(text)
+        if "\n" in text.strip():
+            shown = f"<details><summary>show</summary><pre>{shown}</pre></details>"
+        items += f"<dt>{escape(name)}</dt><dd>{shown}</dd>"
+    return f"<section><h2>Provenance</h2><dl>{items}</dl></section>"
+
+
+def _command(command: str) -> str:
+    return (
+        f'<section><h2>Repeat it</h2><div class="command"><pre id="command">{escape(command)}</pre>'
+        '<button type="button" data-copy="command">Copy</button></div></section>'
+    )
+
+
+def _interval(rate: Rate) -> str:
+    return f"[{rate.low:.1%}, {rate.high:.1%}]"
+
+
+def _points(share: float) -> str:
+    """A difference of rates in percentage points, with a true minus sign."""
+    return f"{100 * share:+.1f}".replace("-", "\u2212")
+
+
+def _interval_points(difference: Difference) -> str:
+    return f"{difference.confidence:.0%} interval {_points(difference.low)} to {_points(difference.high)}"
+
+
+def _p_value(p: float) -> str:
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
+
+
+def _resource(name: str) -> str:
+    return files("vla_rl.evaluation").joinpath(name).read_text(encoding="utf-8")
