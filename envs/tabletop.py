@@ -1,0 +1,315 @@
+"""Our own simulator as an environment: tabletop tasks with pictures and sentences.
+
+env = make_tabletop("reach", num_envs=64, cameras={"agent": 64})
+obs = env.reset(seeds=range(64))
+step = env.step(actions)            # [64, K, 4] in [-1, 1]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla_rl.core import CameraSpec, EnvSpec, Observation
+from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.protocols import StepOutcome
+from vla_rl.sim.arm import JOINT_NAMES, NUM_JOINTS
+from vla_rl.sim.control import CONTROLLERS, Controller, make_controller
+from vla_rl.sim.engine import CpuEngine, Engine
+from vla_rl.sim.rendering import CpuRenderer, Renderer
+from vla_rl.sim.scene import CAMERAS, Scene, SceneConfig, build_scene
+from vla_rl.sim.tasks import SPLITS, Task, get_task
+from vla_rl.sim.tasks.base import Draw, EpisodeStart, Pose
+from vla_rl.sim.view import SceneView
+
+REWARDS = ("sparse", "dense")
+
+
+@dataclass(frozen=True)
+class TabletopConfig:
+    """`split`: see `sim/tasks/base.py`. `cameras`: name -> size in pixels, one number for a square or (height, width);
+    none by default. `control`: one of `CONTROLLERS`. `reward`: "sparse" (1 at success) or "dense" (the change of the
+    task's progress, plus 1 at success). `max_episode_steps`: None takes the task's. `privileged_state`: append goal and
+    object poses to the state. `joint_noise`: the arm starts within this many radians of home, in every joint.
+    `render_size`: pixels of pictures for people. `num_threads`: None takes all cores."""
+
+    split: str = "train"
+    cameras: Mapping[str, int | tuple[int, int]] = field(default_factory=dict)
+    control: str = "ee_delta"
+    reward: str = "sparse"
+    max_episode_steps: int | None = None
+    privileged_state: bool = False
+    terminate_on_success: bool = True
+    joint_noise: float = 0.04
+    render_size: int = 256
+    num_threads: int | None = None
+    scene: SceneConfig = field(default_factory=SceneConfig)
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("split", self.split, SPLITS), ("control", self.control, CONTROLLERS), ("reward", self.reward, REWARDS),
+            *(("camera", camera, CAMERAS) for camera in self.cameras),
+        ):  # fmt: skip
+            if value not in known:
+                raise ValueError(f"tabletop: {name} {value!r} is unknown; use one of {', '.join(known)}")
+        if self.max_episode_steps is not None and self.max_episode_steps < 1:
+            raise ValueError(f"tabletop: max_episode_steps must be at least 1, got {self.max_episode_steps}")
+
+
+class Randomiser(Protocol):
+    """Changes looks or physics of episodes that begin: writes rows of `engine.model_field(...)` and the like."""
+
+    def reset(self, scene: Scene, engine: Engine, env_ids: Tensor, rngs: list[np.random.Generator]) -> None: ...
+
+
+class TabletopEnv:
+    """A `StepEnv` over one engine. Between `reset` and the end of an episode it draws no random number."""
+
+    def __init__(
+        self,
+        task: str | Task,
+        num_envs: int,
+        config: TabletopConfig | None = None,
+        *,
+        engine: Engine | None = None,
+        renderer: Renderer | None = None,
+        scene: Scene | None = None,
+        randomiser: Randomiser | None = None,
+    ) -> None:
+        """`engine` and `renderer` default to the CPU's, `scene` to the task's. An engine must be of `scene.model`."""
+        self.task = get_task(task)
+        self.config = config = config or TabletopConfig()
+        self.num_envs = num_envs
+        self.scene = scene or build_scene(self.task.assets(), config.scene)
+        self.engine: Engine = engine or CpuEngine(self.scene.model, num_envs, config.num_threads)
+        self.renderer: Renderer = renderer or CpuRenderer(self.engine, config.num_threads)
+        self.view = SceneView(self.scene, self.engine)
+        self.controller: Controller = make_controller(config.control, self.view)
+        self.max_episode_steps = config.max_episode_steps or self.task.max_episode_steps
+        self.seeds = torch.zeros(num_envs, dtype=torch.int64)
+        self.episode_steps = torch.zeros(num_envs, dtype=torch.int64, device=self.engine.device)
+        self.instructions = [""] * num_envs
+        self.variables = self._allocate_variables()
+        self._randomiser = randomiser
+        self._progress = self.engine.qpos.new_zeros(num_envs)
+        self._starts = _StartWriter(self.scene, self.engine)
+        self._sizes = {c: (s, s) if isinstance(s, int) else tuple(s) for c, s in config.cameras.items()}
+        self.spec = EnvSpec(
+            name=f"tabletop/{self.task.name}",
+            cameras={camera: CameraSpec(*size) for camera, size in self._sizes.items()},
+            state_names=self._state_names(),
+            action=self.controller.action,
+            max_episode_steps=self.max_episode_steps,
+            control_hz=config.scene.control_hz,
+        )
+
+    def reset(self, env_ids: Tensor, seeds: Tensor) -> None:
+        """Start episodes; see `StepEnv`. An episode depends on (task, split, seed) alone."""
+        draws = [Draw(self.task.name, self.config.split, seed) for seed in seeds.tolist()]
+        starts = [self.task.sample(draw) for draw in draws]
+        joint_noise = [draw.rng.uniform(-1.0, 1.0, NUM_JOINTS) * self.config.joint_noise for draw in draws]
+        ids = env_ids.to(self.engine.device)
+        self.engine.reset(env_ids)
+        self._starts.write(ids, starts, np.stack(joint_noise))
+        if self._randomiser is not None:
+            self._randomiser.reset(self.scene, self.engine, env_ids, [draw.rng for draw in draws])
+        self.engine.forward(env_ids)
+        self.seeds[env_ids] = seeds
+        self.episode_steps[ids] = 0
+        for i, start in zip(env_ids.tolist(), starts, strict=True):
+            self.instructions[i] = start.instruction
+        for name, rows in self.variables.items():
+            values = np.stack([np.asarray(start.variables[name]) for start in starts])
+            rows[ids] = torch.from_numpy(values).to(rows)
+        self.controller.reset(env_ids)
+        if self.config.reward == "dense":
+            self._progress[ids] = self.task.evaluate(self.view, self.variables).progress[ids]
+
+    def step(self, actions: Tensor, active: Tensor) -> StepOutcome:
+        """One control step; see `StepEnv`."""
+        engine = self.engine
+        active = active.to(engine.device)
+        clamped = self.spec.action.clamp(actions.to(engine.device, engine.qpos.dtype))
+        self.controller.apply(clamped, active)
+        engine.step(active, self.config.scene.substeps)
+        self.episode_steps += active
+        status = self.task.evaluate(self.view, self.variables)
+        for name, value in status.variables.items():
+            mask = active.reshape(-1, *([1] * (value.ndim - 1)))
+            self.variables[name].copy_(torch.where(mask, value, self.variables[name]))
+        reward = status.success.to(torch.float32)
+        if self.config.reward == "dense":
+            reward = reward + (status.progress - self._progress).float()
+            self._progress.copy_(torch.where(active, status.progress, self._progress))
+        ends = status.failure | status.success if self.config.terminate_on_success else status.failure
+        return StepOutcome(reward, ends, torch.zeros_like(ends), status.success)
+
+    def observe(self, env_ids: Tensor, images: bool) -> Observation:
+        """Observations; see `StepEnv`."""
+        state = self._state()
+        everyone = len(env_ids) == self.num_envs and bool((env_ids == torch.arange(self.num_envs)).all())
+        pictures = {}
+        if images:
+            pictures = {c: self.renderer.render(c, env_ids, *size) for c, size in self._sizes.items()}
+        return Observation(
+            images=pictures,
+            state=state if everyone else state[env_ids.to(state.device)],
+            instruction=tuple(self.instructions[i] for i in env_ids.tolist()),
+        )
+
+    def render(self, env_ids: Tensor) -> Tensor:
+        """A picture for people from the agent camera, uint8 [M, h, w, 3]."""
+        return self.renderer.render("agent", env_ids, self.config.render_size, self.config.render_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the future; see `StepEnv`."""
+        return {
+            "engine": self.engine.state_dict(),
+            "controller": self.controller.state_dict(),
+            "variables": {name: value.clone() for name, value in self.variables.items()},
+            "instructions": list(self.instructions),
+            "seeds": self.seeds.clone(),
+            "episode_steps": self.episode_steps.clone(),
+            "progress": self._progress.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.engine.load_state_dict(state["engine"])
+        self.controller.load_state_dict(state["controller"])
+        for name, value in self.variables.items():
+            value.copy_(state["variables"][name])
+        self.instructions = list(state["instructions"])
+        self.seeds.copy_(state["seeds"])
+        self.episode_steps.copy_(state["episode_steps"])
+        self._progress.copy_(state["progress"])
+
+    def close(self) -> None:
+        self.renderer.close()
+        self.engine.close()
+
+    def _allocate_variables(self) -> dict[str, Tensor]:
+        """One tensor a task variable, shaped as in a trial episode."""
+        example = self.task.sample(Draw(self.task.name, self.config.split, 0))
+        _check_start(self.task, self.scene, example)
+        variables = {}
+        for name, value in example.variables.items():
+            row = torch.as_tensor(np.asarray(value))
+            dtype = row.dtype if not row.dtype.is_floating_point else self.engine.qpos.dtype
+            variables[name] = torch.zeros(self.num_envs, *row.shape, dtype=dtype, device=self.engine.device)
+        return variables
+
+    def _state(self) -> Tensor:
+        view = self.view
+        parts = [view.joint_positions, view.tip_pos, view.tip_yaw[:, None], view.gripper_opening[:, None]]
+        if self.config.privileged_state:
+            assets = list(self.scene.assets)
+            movable = [name for name, asset in self.scene.assets.items() if asset.movable]
+            parts += [self.task.goal(view, self.variables), view.object_positions(assets).flatten(1)]
+            if movable:
+                parts.append(view.object_quats(movable).flatten(1))
+            parts += [view.joint_position(name)[:, None] for name in assets if self.scene.assets[name].joint]
+        return torch.cat(parts, dim=1).float()
+
+    def _state_names(self) -> tuple[str, ...]:
+        names = [*JOINT_NAMES, "tip_x", "tip_y", "tip_z", "tip_yaw", "gripper_opening"]
+        if self.config.privileged_state:
+            assets = self.scene.assets
+            names += self.task.goal_names
+            names += [f"{name}_{axis}" for name in assets for axis in "xyz"]
+            names += [f"{name}_q{axis}" for name, asset in assets.items() if asset.movable for axis in "wxyz"]
+            names += [f"{name}_joint" for name, asset in assets.items() if asset.joint]
+        return tuple(names)
+
+
+class _StartWriter:
+    """Writes drawn episodes into an engine's tensors, one write a tensor for all environments that begin."""
+
+    def __init__(self, scene: Scene, engine: Engine) -> None:
+        self._scene = scene
+        self._engine = engine
+        self._home = scene.model.key_qpos[0].copy()
+        self._rgba = engine.model_field("geom_rgba")
+        painted = [(geom, name) for name, place in scene.placements.items() for geom in place.geoms]
+        self._geoms = torch.tensor([geom for geom, _ in painted], dtype=torch.int64, device=engine.device)
+        self._geom_names = [name for _, name in painted]
+        self._default = {name: scene.geom_rgba[geom] for geom, name in reversed(painted)}
+
+    def write(self, ids: Tensor, starts: list[EpisodeStart], joint_noise: np.ndarray) -> None:
+        """`ids` int64 [M]; `joint_noise [M, 7]` rad, added to the arm's home."""
+        scene, engine = self._scene, self._engine
+        qpos = np.tile(self._home, (len(starts), 1))
+        mocap = np.zeros((len(starts), max(1, scene.model.nmocap), 7))
+        mocap[..., 3] = 1.0
+        qpos[:, list(scene.arm_qpos)] += joint_noise
+        for row, start in enumerate(starts):
+            for name, place in scene.placements.items():
+                if place.kind == "free":
+                    qpos[row, place.address : place.address + 7] = _seven(start.poses[name], place.rest_height)
+                else:
+                    mocap[row, place.address] = _seven(start.poses[name], place.rest_height)
+            for name, value in start.joints.items():
+                qpos[row, scene.joint_qpos[str(scene.assets[name].joint)]] = value
+        engine.qpos[ids] = torch.from_numpy(qpos).to(engine.qpos)
+        if scene.model.nmocap:
+            poses = torch.from_numpy(mocap).to(engine.mocap_pos)
+            engine.mocap_pos[ids] = poses[..., :3]
+            engine.mocap_quat[ids] = poses[..., 3:]
+        if len(self._geom_names):
+            colors = [[start.colors.get(name, self._default[name]) for name in self._geom_names] for start in starts]
+            self._rgba[ids[:, None], self._geoms] = torch.tensor(np.array(colors)).to(self._rgba)
+
+
+def _seven(pose: Pose, rest_height: float) -> tuple[float, ...]:
+    z = rest_height if pose.z is None else pose.z
+    return (pose.x, pose.y, z, float(np.cos(pose.yaw / 2)), 0.0, 0.0, float(np.sin(pose.yaw / 2)))
+
+
+def _check_start(task: Task, scene: Scene, start: EpisodeStart) -> None:
+    missing = sorted(scene.placements.keys() - start.poses.keys())
+    unknown = sorted((start.poses.keys() | start.colors.keys() | start.joints.keys()) - scene.placements.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"task {task.name!r}: sample() must give a pose to each of its assets {sorted(scene.placements)}"
+            + (f"; missing {missing}" if missing else "")
+            + (f"; unknown {unknown}" if unknown else "")
+        )
+
+
+def make_tabletop(
+    task: str | Task = "reach",
+    num_envs: int = 1,
+    *,
+    split: str = "train",
+    cameras: Mapping[str, int | tuple[int, int]] | None = None,
+    control: str = "ee_delta",
+    reward: str = "sparse",
+    max_episode_steps: int | None = None,
+    privileged_state: bool = False,
+    auto_reset: bool = True,
+    final_images: bool = True,
+    num_threads: int | None = None,
+    randomiser: Randomiser | None = None,
+) -> ChunkedEnv:
+    """A chunked tabletop environment. Options: see `TabletopConfig` and `ChunkedEnv`. `cameras` defaults to none.
+
+    Raises ValueError for an unknown task, split, camera, control or reward.
+    """
+    config = TabletopConfig(
+        split=split,
+        cameras=cameras or {},
+        control=control,
+        reward=reward,
+        max_episode_steps=max_episode_steps,
+        privileged_state=privileged_state,
+        num_threads=num_threads,
+    )
+    env = TabletopEnv(task, num_envs, config, randomiser=randomiser)
+    return ChunkedEnv(env, auto_reset=auto_reset, final_images=final_images)
+
+
+__all__ = ["CONTROLLERS", "REWARDS", "Randomiser", "TabletopConfig", "TabletopEnv", "make_tabletop"]

@@ -1,0 +1,116 @@
+"""Scripted experts: follow a task's waypoints in closed loop, all environments at once, with optional clumsiness.
+
+`act` is asked once a control step; with a `ChunkedEnv` collect in chunks of one step (K = 1), or use `chunk` to get K
+actions that are planned from one look and executed blindly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla_rl.envs.tabletop import TabletopEnv
+from vla_rl.sim.control import EeDeltaController
+from vla_rl.sim.view import pick
+
+_NOISE_STREAM = 0x0E
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """Clumsiness of demonstrations; 0 is the expert at its best.
+
+    `action_noise`: standard deviation added to every motion action of every step, in action units (1 is full speed).
+    `target_bias`: standard deviation of an offset, m, drawn once an episode and added to all waypoints in x and y.
+    `max_action`: largest action, in (0, 1]: how fast it moves.
+    """
+
+    action_noise: float = 0.0
+    target_bias: float = 0.0
+    max_action: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.action_noise < 0 or self.target_bias < 0 or not 0 < self.max_action <= 1:
+            raise ValueError(f"ExpertConfig: noise and bias must be >= 0 and max_action in (0, 1], got {self}")
+
+
+class ScriptedExpert:
+    """Acts in `env` by its task's `plan`. The noise of an episode is drawn from the episode's seed, so a demonstration
+    does not depend on the number of environments. Raises ValueError under joint control, which it does not speak."""
+
+    def __init__(self, env: TabletopEnv, config: ExpertConfig | None = None) -> None:
+        if not isinstance(env.controller, EeDeltaController):
+            raise ValueError(
+                "ScriptedExpert: experts act in Cartesian deltas; make the environment with control='ee_delta'"
+            )
+        self.config = config or ExpertConfig()
+        self._env = env
+        self._control = env.controller.config
+        self._motion = 4 if self._control.yaw else 3
+        like = env.engine.qpos
+        self._phase = torch.zeros(env.num_envs, dtype=torch.int64, device=env.engine.device)
+        self._dwell = torch.zeros_like(self._phase)
+        self._bias = like.new_zeros(env.num_envs, 3)
+        self._noise = like.new_zeros(env.num_envs, env.max_episode_steps, self._motion)
+
+    def act(self) -> Tensor:
+        """Actions for the next control step, float32 [N, A] on the CPU."""
+        return self._plan_chunk(1)[:, 0].float().cpu()
+
+    def chunk(self, num_steps: int) -> Tensor:
+        """Actions for the next `num_steps` control steps, float32 [N, K, A]: each is planned as if the fingertip had
+        followed those before it exactly, towards the waypoint of the present phase. Phases only change between chunks,
+        so tasks whose phases are short want short chunks."""
+        return self._plan_chunk(num_steps).float().cpu()
+
+    def _plan_chunk(self, num_steps: int) -> Tensor:
+        env, control = self._env, self._control
+        self._begin_new_episodes()
+        plan = env.task.plan(env.view, env.variables)
+        self._advance(plan.done, plan.dwell)
+        target = pick(plan.targets, self._phase) + self._bias
+        opening = pick(plan.openings, self._phase)
+        yaw = pick(plan.yaws, self._phase) if plan.yaws is not None else torch.zeros_like(opening)
+        tip, tip_yaw = env.view.tip_pos.clone(), env.view.tip_yaw
+        actions = []
+        for i in range(num_steps):
+            motion = (target - tip) / control.max_step
+            motion = motion * (
+                self.config.max_action / motion.abs().amax(dim=1, keepdim=True).clamp(min=self.config.max_action)
+            )
+            tip = tip + control.max_step * motion
+            if control.yaw:
+                turn = torch.remainder(yaw - tip_yaw + torch.pi, 2 * torch.pi) - torch.pi
+                turn = torch.clamp(turn / control.max_turn, -1.0, 1.0)
+                tip_yaw = tip_yaw + control.max_turn * turn
+                motion = torch.cat([motion, turn[:, None]], dim=1)
+            step = (env.episode_steps.to(tip.device) + i).clamp(max=self._noise.shape[1] - 1)
+            motion = motion + pick(self._noise, step)
+            actions.append(torch.cat([motion, opening[:, None]], dim=1).clamp(-1.0, 1.0))
+        self._dwell += num_steps
+        return torch.stack(actions, dim=1)
+
+    def _advance(self, done: Tensor, dwell: tuple[int, ...] | list[int] | None) -> None:
+        """Go to the next phase where the present one's goal is reached and it has lasted long enough."""
+        finished = pick(done, self._phase)
+        if dwell is not None:
+            finished = finished & (self._dwell >= torch.tensor(dwell, device=self._dwell.device)[self._phase])
+        finished = finished & (self._phase < done.shape[1] - 1)
+        self._phase += finished
+        self._dwell = torch.where(finished, 0, self._dwell)
+
+    def _begin_new_episodes(self) -> None:
+        fresh = (self._env.episode_steps == 0).nonzero().flatten()
+        self._phase[fresh] = 0
+        self._dwell[fresh] = 0
+        if self.config.action_noise == 0.0 and self.config.target_bias == 0.0:
+            return
+        for i in fresh.tolist():
+            rng = np.random.default_rng([_NOISE_STREAM, int(self._env.seeds[i])])
+            bias = self.config.target_bias * rng.standard_normal(2)
+            self._bias[i, :2] = torch.from_numpy(bias).to(self._bias)
+            noise = self.config.action_noise * rng.standard_normal(self._noise.shape[1:])
+            self._noise[i] = torch.from_numpy(noise).to(self._noise)
