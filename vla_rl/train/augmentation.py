@@ -16,7 +16,7 @@ class AugmentationConfig:
 
     `shift_pixels`: each picture moves by up to so many pixels in each direction, its border repeated. A shift moves the
     objects and not the action, so it costs precision: one pixel of a 64-pixel view of a metre is 1.6 cm.
-    `brightness`, `contrast`: half widths of the factors' range around 1; hue is left alone because sentences name colours.
+    `brightness`, `contrast`: half widths of the factors' range around 1; hue stays because sentences name colours.
     """
 
     shift_pixels: int = 0

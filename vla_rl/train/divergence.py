@@ -1,13 +1,13 @@
-"""A loss that is not finite stops a run before any parameter changes, and leaves the batch for whoever looks into it."""
+"""A loss that is not finite stops a run before any parameter changes, and leaves the batch to look into."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def require_finite(
     name: str, value: Tensor, tensors: Mapping[str, Tensor], details: Mapping[str, Any] | None = None
 ) -> float:
     """The number in `value`, or DivergenceError with the batch."""
-    number = float(value)
-    if not torch.isfinite(value).all():
+    number = float(value.detach())
+    if not math.isfinite(number):
         raise DivergenceError(f"{name} is {number}: the parameters were left as they are", tensors, details)
     return number

@@ -45,7 +45,8 @@ class Ema:
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         average, num_updates = state["average"], state["num_updates"]
-        assert isinstance(average, list) and isinstance(num_updates, int)
+        assert isinstance(average, list)
+        assert isinstance(num_updates, int)
         if len(average) != len(self.average):
             raise ValueError(f"the stored average has {len(average)} tensors, this policy trains {len(self.average)}")
         _copy(average, self.average)

@@ -27,6 +27,7 @@ class StopOnInterrupt:
             self._previous = None
 
     def _on_interrupt(self, signal_number: int, frame: FrameType | None) -> None:
+        del signal_number, frame  # what signal.signal passes
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True

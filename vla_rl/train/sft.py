@@ -34,7 +34,7 @@ class BatchSampler(Protocol):
     """Where training batches come from; deterministic, and resumable through its state."""
 
     def batch(self) -> tuple[Observation, Tensor, Tensor]:
-        """Observations, actions [B, H, A] in the environment's units, mask bool [B, H] that is False at padded steps."""
+        """Observations, actions [B, H, A] in the environment's units, mask bool [B, H], False at padded steps."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -195,14 +195,14 @@ def run_sft(
     """
     run_dir = Path(run_dir)
     trainer = SupervisedTrainer(policy, config)
-    resumed = _start_or_resume(trainer, sampler, run_dir, resume)
+    _start_or_resume(trainer, sampler, run_dir, resume)
     progress = Progress(config.num_updates, "sft", unit="updates", initial=trainer.num_updates)
     policy.train()
     begin, last_loss = time.monotonic(), math.nan
     logged, losses = time.monotonic(), []
     with (
         StopOnInterrupt() as stop,
-        MetricsLogger(run_dir, resume_after=trainer.num_updates if resumed else None, tensorboard=tensorboard) as log,
+        MetricsLogger(run_dir, resume_after=trainer.num_updates if resume else None, tensorboard=tensorboard) as log,
     ):
         while trainer.num_updates < config.num_updates and not stop.requested:
             metrics = _update(trainer, sampler, run_dir)
@@ -245,11 +245,10 @@ def _batch_tensors(inputs: PolicyInputs, actions: Tensor, mask: Tensor) -> dict[
 
 
 # -------------------------------------------------------------------------------------------------------- run folder
-def _start_or_resume(trainer: SupervisedTrainer, sampler: BatchSampler, run_dir: Path, resume: bool) -> bool:
-    """True where a stored state was taken over."""
+def _start_or_resume(trainer: SupervisedTrainer, sampler: BatchSampler, run_dir: Path, resume: bool) -> None:
     path = run_dir / STATE_FILE
     if not path.exists():
-        return False
+        return
     if not resume:
         raise FileExistsError(f"{path} holds a run already; resume it, or choose another run folder")
     try:
@@ -263,7 +262,6 @@ def _start_or_resume(trainer: SupervisedTrainer, sampler: BatchSampler, run_dir:
         raise ValueError(f"{path}: the stored run has another configuration ({changes}); resume with the same one")
     trainer.load_state_dict(state["trainer"])
     sampler.load_state_dict(state["sampler"])
-    return True
 
 
 def _save(trainer: SupervisedTrainer, sampler: BatchSampler, run_dir: Path, spec: EnvSpec | None) -> None:
