@@ -16,7 +16,7 @@ from typing import Literal, TextIO
 import torch
 from torch import Tensor
 
-from vla_rl.core import ChunkStep, Observation
+from vla_rl.core import Observation
 from vla_rl.data.lerobot_format import DatasetError, DatasetSpec, ImageFormat
 from vla_rl.data.lerobot_writer import LeRobotWriter
 from vla_rl.protocols import ChunkedVectorEnv
@@ -55,17 +55,23 @@ class _Recording:
     def success(self) -> bool:
         return bool(torch.stack(self.successes).any())
 
-    def append(self, i: int, obs: Observation, action: Tensor, step: ChunkStep) -> None:
-        """Frame of environment `i`: what was seen, the action as executed, what came of it."""
+    def append(self, i: int, obs: Observation, actions: Tensor, rewards: Tensor, success: Tensor) -> None:
+        """Frame of environment `i`: what was seen, the action as executed, what came of it; all rows are copied."""
         self.states.append(obs.state[i].clone())
-        self.actions.append(action)
+        self.actions.append(actions[i].clone())
         for camera, image in obs.images.items():
             self.images.setdefault(camera, []).append(image[i].clone())
-        self.rewards.append(step.rewards[i, 0])
-        self.successes.append(step.success[i])
+        self.rewards.append(rewards[i].clone())
+        self.successes.append(success[i].clone())
+
+
+def _on_cpu(obs: Observation) -> Observation:
+    return Observation({camera: image.cpu() for camera, image in obs.images.items()}, obs.state.cpu(), obs.instruction)
 
 
 class _DemoCollector:
+    """Runs episodes in whatever environment is idle and writes them in the order of their seeds."""
+
     def __init__(
         self,
         env: ChunkedVectorEnv,
@@ -78,7 +84,7 @@ class _DemoCollector:
     ) -> None:
         self.env, self.expert, self.writer = env, expert, writer
         self.num_episodes, self.seeds, self.keep, self.on_reset = num_episodes, seeds, keep, on_reset
-        self.next_start = self.next_write = _resume_position(writer, seeds)
+        self.next_start = self.next_write = _resume_position(writer, seeds, keep)
         self.running: dict[int, _Recording] = {}
         self.finished: dict[int, _Recording] = {}  # by position, until all before them are written
         self.num_attempts = self.num_successes = 0
@@ -117,14 +123,17 @@ class _DemoCollector:
                 f"the expert must return actions [N={self.env.num_envs}, 1, A={self.env.spec.action.dim}], "
                 f"got {tuple(actions.shape)}"
             )
-        obs, step = self.obs, self.env.step(actions)
-        executed = self.env.spec.action.clamp(actions[:, 0].detach()).cpu()
+        obs = _on_cpu(self.obs)
+        step = self.env.step(actions)
+        actions = self.env.spec.action.clamp(actions[:, 0].detach()).cpu()
+        executed, rewards, success = step.executed[:, 0].cpu(), step.rewards[:, 0].cpu(), step.success.cpu()
+        ended, terminated = step.ended.tolist(), step.terminated.tolist()
         for i, recording in list(self.running.items()):
-            if not bool(step.executed[i, 0]):
-                raise RuntimeError(f"environment {i} did not execute a step of seed {recording.seed}; reset it first")
-            recording.append(i, obs, executed[i].clone(), step)
-            if bool(step.ended[i]):
-                recording.truncated = not bool(step.terminated[i])
+            if not executed[i]:
+                raise RuntimeError(f"environment {i} did not move in the episode of seed {recording.seed}")
+            recording.append(i, obs, actions, rewards, success)
+            if ended[i]:
+                recording.truncated = not terminated[i]
                 self.finished[recording.position] = self.running.pop(i)
         self.obs = step.obs
 
@@ -138,25 +147,25 @@ class _DemoCollector:
             if self.keep == "success" and not r.success:
                 continue
             self.writer.add_episode(
-                state=torch.stack(r.states).cpu(),
+                state=torch.stack(r.states),
                 action=torch.stack(r.actions),
-                images={camera: torch.stack(frames).cpu() for camera, frames in r.images.items()},
-                reward=torch.stack(r.rewards).cpu(),
-                success=torch.stack(r.successes).cpu(),
+                images={camera: torch.stack(frames) for camera, frames in r.images.items()},
+                reward=torch.stack(r.rewards),
+                success=torch.stack(r.successes),
                 instruction=r.instruction,
                 truncated=r.truncated,
                 extra={"seed": r.seed},
             )
 
 
-def _resume_position(writer: LeRobotWriter, seeds: Sequence[int]) -> int:
+def _resume_position(writer: LeRobotWriter, seeds: Sequence[int], keep: Keep) -> int:
     """Place in `seeds` after the last episode of the dataset. Raises DatasetError where it has other seeds."""
     position = 0
     for episode, extra in enumerate(writer.extras):
         seed = extra.get("seed")
-        while position < len(seeds) and int(seeds[position]) != seed:
-            position += 1
-        if position == len(seeds):
+        while keep == "success" and position < len(seeds) and int(seeds[position]) != seed:
+            position += 1  # a failure that was dropped
+        if position >= len(seeds) or int(seeds[position]) != seed:
             raise DatasetError(
                 f"{writer.path}: episode {episode} has seed {seed}, which does not follow in the given seeds; "
                 "resume with the seeds that the recording began with, or write to another folder"
@@ -197,7 +206,8 @@ def collect_demos(
 ) -> DemoSummary:
     """Record `num_episodes` episodes at `path`, one a seed, in the order of `seeds`; goes on where a killed call ended.
 
-    `env` should not reset itself (`auto_reset=False`): this function does, with the next seed. Pictures are taken at
+    `env` should not reset itself (`auto_reset=False`): this function does, with the next seed; nor does it need
+    `final_images`. Pictures are taken at
     every control step, so it is stepped with chunks of one action. `expert()` returns actions [N, 1, A] for the
     environments' present state; `on_reset(env_ids, seeds)` tells a stochastic one which episodes begin, so that its
     noise can depend on the seed alone. `keep="success"` drops failures and takes the first `num_episodes` successes in
@@ -221,8 +231,8 @@ def collect_demos(
             if not collector.running:
                 writer.commit()
                 raise DatasetError(
-                    f"the {len(seeds)} seeds are used up with {writer.num_episodes} of {num_episodes} episodes recorded "
-                    f"(keep={keep!r}); give more seeds and call again"
+                    f"the {len(seeds)} seeds are used up with {writer.num_episodes} of {num_episodes} episodes "
+                    f"recorded (keep={keep!r}); give more seeds and call again"
                 )
             collector.step()
             collector.write_finished()
