@@ -1,4 +1,4 @@
-"""Shared blocks: attention against an explicit softmax, norms and time features against their formulas, text, vision."""
+"""Shared blocks: attention against an explicit softmax, norms and time features against formulas, text, vision."""
 
 import math
 

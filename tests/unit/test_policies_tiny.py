@@ -89,8 +89,10 @@ def test_every_input_reaches_the_velocity():
         velocity(dataclasses.replace(obs, state=obs.state + 1)),
     ]
     changed.append(velocity(dataclasses.replace(obs, instruction=("go to the blue block",) * 3)))
-    for camera in obs.images:
-        changed.append(velocity(dataclasses.replace(obs, images=obs.images | {camera: 255 - obs.images[camera]})))
+    changed += [
+        velocity(dataclasses.replace(obs, images=obs.images | {camera: 255 - image}))
+        for camera, image in obs.images.items()
+    ]
     for other in changed:
         assert float((other - base).abs().amax(dim=(1, 2)).min()) > 1e-4
 
