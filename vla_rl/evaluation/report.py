@@ -138,6 +138,7 @@ def write_report(path: str | Path, data: ReportData) -> Path:
     comparison = compare(
         baseline.result, trained.result, names=(baseline.label, trained.label), criterion=data.criterion
     )
+    bars, wall_time = _bars_and_time(data)
     page = Template(_resource("report.html")).substitute(
         title=escape(data.title),
         description=escape(data.description),
@@ -145,7 +146,8 @@ def write_report(path: str | Path, data: ReportData) -> Path:
         javascript=_resource("report.js"),
         verdict=_verdict(data, comparison),
         table=_table(data, comparison),
-        bars=_bars_and_time(data),
+        bars=bars,
+        wall_time=wall_time,
         videos=_videos(data),
         curves=_curves(data),
         provenance=_provenance(data.provenance),
@@ -180,7 +182,8 @@ def _verdict(data: ReportData, comparison: Comparison) -> str:
     ]
     numbers = "".join(
         f'<div class="number b-{row.role}"><b>{data.rate(row).rate:.1%}</b>'
-        f"<span>{escape(row.label)}<br>{_interval(data.rate(row))} &middot; n&nbsp;=&nbsp;{data.rate(row).n}</span></div>"
+        f"<span>{escape(row.label)}<br>{_interval(data.rate(row))} &middot; "
+        f"n&nbsp;=&nbsp;{data.rate(row).n}</span></div>"
         for row in shown
     )
     r = comparison.overall
@@ -238,11 +241,11 @@ def _table(data: ReportData, comparison: Comparison) -> str:
     )
 
 
-def _bars_and_time(data: ReportData) -> str:
-    """A single task's chart leaves room beside it, many tasks do not."""
-    bars, time = _bars(data), _wall_time(data.stage_wall_s)
+def _bars_and_time(data: ReportData) -> tuple[str, str]:
+    """A single task's chart leaves room for the wall time beside it; with many tasks that comes after the curves."""
+    bars, wall_time = _bars(data), _wall_time(data.stage_wall_s)
     single = len({task for row in data.rows for task in row.result.per_task}) == 1
-    return f'<div class="columns">{bars}{time}</div>' if single and time else bars + time
+    return (f'<div class="columns">{bars}{wall_time}</div>', "") if single and wall_time else (bars, wall_time)
 
 
 def _bars(data: ReportData) -> str:
