@@ -148,9 +148,7 @@ def _ticks(low: float, high: float, count: int, *, inside: bool = False) -> tupl
 
 
 def _number(value: float) -> str:
-    if value != 0 and (abs(value) >= 1e5 or abs(value) < 1e-3):
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:g}"
+    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def _points(points: Sequence[tuple[float, float]]) -> str:
