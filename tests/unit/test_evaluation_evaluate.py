@@ -197,8 +197,11 @@ def test_policy_noise_is_standard_normal_and_never_repeats():
 def test_dropout_is_off_and_the_mode_comes_back():
     policy = MLPPolicy()
     policy.train()
+    policy.net.eval()  # a frozen part keeps its own mode
     assert run(policy=policy) == run(policy=MLPPolicy().eval())
     assert policy.training
+    assert policy.dropout.training
+    assert not policy.net.training
 
 
 # ----------------------------------------------------------------------------------------------------- accounting

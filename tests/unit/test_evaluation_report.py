@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import re
 import shutil
 import subprocess
@@ -175,7 +176,7 @@ def test_pairs_are_chosen_by_seed_and_not_by_outcome(tmp_path):
 def test_curves_come_from_the_metrics(tmp_path):
     with MetricsLogger(tmp_path / "rl", tensorboard=False) as log:
         for i in range(10):
-            log.log(i, {"train/success_rate": i / 10, "ppo/joint_kl": float("nan") if i == 3 else 0.01 * i})
+            log.log(i, {"train/success_rate": i / 10, "joint_kl": float("nan") if i == 3 else 0.01 * i})
     curves = (Curve("RL", "trained", tmp_path / "rl"),)
     html, text = page(tmp_path, ReportData("A run", rows(), "x", curves=curves))
     assert "Success in training rollouts" in html.text
@@ -248,7 +249,7 @@ def test_axes_cover_any_values(values):
     rounding = 1e-9 * max(map(abs, values))
     assert ticks[0] <= min(values) + rounding
     assert ticks[-1] >= max(values) - rounding
-    steps = [b - a for a, b in zip(ticks, ticks[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(ticks)]
     assert max(steps) == pytest.approx(min(steps), rel=1e-3)  # so no label was rounded into another number
 
 

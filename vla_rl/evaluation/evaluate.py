@@ -267,11 +267,13 @@ def _checked_env(env: ChunkedVectorEnv, policy: Policy, max_episode_steps: int |
 @contextmanager
 def _evaluation_mode(policy: Policy) -> Iterator[None]:
     """Dropout and the like off, and back to what it was."""
-    was_training = isinstance(policy, nn.Module) and policy.training
-    if was_training:
-        policy.eval()
+    if not isinstance(policy, nn.Module):
+        yield
+        return
+    was_training = {module: module.training for module in policy.modules()}  # a frozen part may be in another mode
+    policy.eval()
     try:
         yield
     finally:
-        if was_training:
-            policy.train()
+        for module, training in was_training.items():
+            module.training = training

@@ -313,7 +313,7 @@ def _curves(data: ReportData) -> str:
 
 def _series(curve: Curve, panel: Panel, rows: Sequence[Metrics]) -> Series | None:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    key = next((name for pattern in panel.patterns for name in names if fnmatchcase(name, pattern)), None)
+    key = next((name for pattern in panel.patterns for name in names if _matches(name, pattern)), None)
     if key is None:
         return None
     points = [row for row in rows if math.isfinite(row.get(key, math.nan))]
@@ -328,6 +328,11 @@ def _series(curve: Curve, panel: Panel, rows: Sequence[Metrics]) -> Series | Non
         y=tuple(row[key] for row in points),
         band=(tuple(row[low] for row in points), tuple(row[high] for row in points)) if has_band else None,
     )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """As for file names; `*/kl` is also a `kl` without a group."""
+    return fnmatchcase(name, pattern) or fnmatchcase("/" + name, pattern)
 
 
 def _wall_time(stages: Mapping[str, float]) -> str:

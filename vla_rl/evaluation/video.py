@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 import av
+import av.container
 import numpy as np
 import torch
 from torch import Tensor
@@ -88,8 +89,9 @@ class VideoWriter:
         self._shape = shape
         factor = max(1, -(-self._min_side // max(shape[:2])))
         self._factor = factor
-        self._container = av.open(str(self._partial), mode="w", format="mp4", options={"movflags": "+faststart"})
-        stream = self._container.add_stream("libx264", rate=self._rate)
+        container = av.open(str(self._partial), mode="w", format="mp4", options={"movflags": "+faststart"})
+        self._container = container
+        stream = container.add_stream("libx264", rate=self._rate)
         stream.height, stream.width = _even(shape[0] * factor), _even(shape[1] * factor)
         stream.pix_fmt = "yuv420p"  # the one chroma format that all browsers decode
         stream.options = {"crf": str(self._quality), "preset": "veryfast", "threads": "1"}
