@@ -57,6 +57,11 @@ class ChunkedEnv:
         self._episodes = [0] * self.num_envs
 
     @property
+    def step_env(self) -> StepEnv:
+        """The environment inside, for whoever knows more of it than the contract (a scripted expert)."""
+        return self._env
+
+    @property
     def episode_seeds(self) -> tuple[int, ...]:
         """The seed of each environment's running episode."""
         return tuple(episode_seed(s, e) for s, e in zip(self._base_seeds, self._episodes, strict=True))
@@ -188,7 +193,8 @@ class ChunkedEnv:
         a = self.spec.action.dim
         if actions.ndim != 3 or actions.shape[0] != self.num_envs or actions.shape[2] != a or actions.shape[1] < 1:
             raise ValueError(
-                f"step: actions must be [N={self.num_envs}, K>=1, A={a}] for {self.spec.name}, got {tuple(actions.shape)}"
+                f"step: actions must be [N={self.num_envs}, K>=1, A={a}] for {self.spec.name}, "
+                f"got {tuple(actions.shape)}"
             )
         if actions.device.type == "cpu":
             bad = ~torch.isfinite(actions).all(dim=2).all(dim=1)

@@ -136,8 +136,8 @@ class CpuEngine:
         self._batch.reset(None, 0, mujoco.mjtStage.mjSTAGE_POS)
 
     def _view(self, name: str) -> Tensor:
-        # Derived fields are marked read-only, which torch has no notion of: view the writable memory under them. A write
-        # would be lost, not harmful, for every call copies them out anew.
+        # Derived fields are marked read-only, which torch has no notion of: view the writable memory under them.
+        # A write would be lost, not harmful, for every call copies them out anew.
         array = self._batch.bind(name)
         if array.size == 0 or not isinstance(array.base, np.ndarray):
             return torch.from_numpy(array.copy())
@@ -189,8 +189,8 @@ class CpuEngine:
         """Raises ValueError where the state is of another model or number of simulations."""
         if state["state"].shape != self._state.shape:
             raise ValueError(
-                f"this state is of {tuple(state['state'].shape)} (simulations, size), here it is {tuple(self._state.shape)}; "
-                "load it with the same task and number of environments"
+                f"this state is of {tuple(state['state'].shape)} (simulations, size), here it is "
+                f"{tuple(self._state.shape)}; load it with the same task and number of environments"
             )
         for name in self._fields.keys() - state["model_fields"].keys():
             self._fields[name].copy_(torch.from_numpy(np.array(getattr(self.model, name))).to(self._fields[name]))
@@ -211,8 +211,8 @@ class CpuEngine:
             ids = np.flatnonzero(bad).tolist()
             self._batch.warning[ids] = 0
             raise RuntimeError(
-                f"the physics of simulations {ids} diverged (not-a-number or huge positions, velocities or accelerations); "
-                "look for an extreme mass, gain or friction, or use a smaller SceneConfig.timestep"
+                f"the physics of simulations {ids} diverged (not-a-number or huge positions, velocities or "
+                "accelerations); look for an extreme mass, gain or friction, or use a smaller SceneConfig.timestep"
             )
 
 

@@ -1,11 +1,14 @@
 """Scripted experts: follow a task's waypoints in closed loop, all environments at once, with optional clumsiness.
 
-`act` is asked once a control step; with a `ChunkedEnv` collect in chunks of one step (K = 1), or use `chunk` to get K
-actions that are planned from one look and executed blindly.
+env = make_tabletop("reach", num_envs=16)
+expert = ScriptedExpert(env, ExpertConfig(action_noise=0.2))
+env.step(expert())                  # chunks of one step: the expert sees every step
+env.step(expert.chunk(8))           # or eight actions planned from one look and executed blindly
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vla_rl.envs.tabletop import TabletopEnv
+from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.sim.control import EeDeltaController
 from vla_rl.sim.view import pick
 
@@ -41,7 +45,11 @@ class ScriptedExpert:
     """Acts in `env` by its task's `plan`. The noise of an episode is drawn from the episode's seed, so a demonstration
     does not depend on the number of environments. Raises ValueError under joint control, which it does not speak."""
 
-    def __init__(self, env: TabletopEnv, config: ExpertConfig | None = None) -> None:
+    def __init__(self, env: ChunkedEnv | TabletopEnv, config: ExpertConfig | None = None) -> None:
+        inner = env.step_env if isinstance(env, ChunkedEnv) else env
+        if not isinstance(inner, TabletopEnv):
+            raise TypeError(f"ScriptedExpert acts in tabletop environments, not in {type(inner).__name__}")
+        env = inner
         if not isinstance(env.controller, EeDeltaController):
             raise ValueError(
                 "ScriptedExpert: experts act in Cartesian deltas; make the environment with control='ee_delta'"
@@ -55,6 +63,10 @@ class ScriptedExpert:
         self._dwell = torch.zeros_like(self._phase)
         self._bias = like.new_zeros(env.num_envs, 3)
         self._noise = like.new_zeros(env.num_envs, env.max_episode_steps, self._motion)
+
+    def __call__(self) -> Tensor:
+        """A chunk of one action, float32 [N, 1, A] on the CPU: what the collector of demonstrations asks for."""
+        return self.chunk(1)
 
     def act(self) -> Tensor:
         """Actions for the next control step, float32 [N, A] on the CPU."""
@@ -93,7 +105,7 @@ class ScriptedExpert:
         self._dwell += num_steps
         return torch.stack(actions, dim=1)
 
-    def _advance(self, done: Tensor, dwell: tuple[int, ...] | list[int] | None) -> None:
+    def _advance(self, done: Tensor, dwell: Sequence[int] | None) -> None:
         """Go to the next phase where the present one's goal is reached and it has lasted long enough."""
         finished = pick(done, self._phase)
         if dwell is not None:

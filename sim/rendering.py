@@ -21,8 +21,9 @@ from torch import Tensor
 from vla_rl.sim.engine import VISUAL_FIELDS, Engine, default_num_threads
 
 _MISSING_GL = (
-    "cannot make an OpenGL context with MUJOCO_GL={backend}: {error}. Rendering without a display needs Mesa's libraries; "
-    "on Debian: apt-get install libegl1 libgl1 libosmesa6 libgles2. To run without pictures, ask for no cameras."
+    "cannot make an OpenGL context with MUJOCO_GL={backend}: {error}. Rendering without a display needs "
+    "Mesa's libraries; on Debian: apt-get install libegl1 libgl1 libosmesa6 libgles2. "
+    "To run without pictures, ask for no cameras."
 )
 
 

@@ -23,8 +23,8 @@ Rgba = tuple[float, float, float, float]
 GRAY: Rgba = (0.55, 0.57, 0.6, 1.0)
 CAMERAS = ("agent", "wrist")
 
-# Collision groups: a pair collides if one's contype meets the other's conaffinity. Objects (1) meet objects, fingers (2)
-# and the table (4); fingers meet objects and the table; the arm's links meet nothing.
+# Collision groups: a pair collides if one's contype meets the other's conaffinity. Objects (1) meet objects, fingers
+# (2) and the table (4); fingers meet objects and the table; the arm's links meet nothing.
 _OBJECT = 'contype="1" conaffinity="7"'
 _VISUAL = 'contype="0" conaffinity="0"'
 
@@ -55,7 +55,7 @@ class Asset(Protocol):
 
 @dataclass(frozen=True)
 class Block:
-    """A block of side `2 * half` m; `shape` is box, cylinder or sphere. A fixed one (`movable=False`) is still solid."""
+    """A block of side `2 * half` m, a box, cylinder or sphere. A fixed one (`movable=False`) is still solid."""
 
     name: str
     half: float = 0.025
@@ -118,8 +118,8 @@ class Bin:
 class Drawer:
     """A cabinet whose drawer slides out along the asset's -x (towards the robot at yaw 0) by up to `travel` m.
 
-    The joint's position is the opening in metres. The handle is a vertical bar `handle_reach` m in front of the drawer's
-    face, which open jaws can close on or which a finger can hook.
+    The joint's position is the opening in metres. The handle is a vertical bar `handle_reach` m in front of the
+    drawer's face, which open jaws can close on or which a finger can hook.
     """
 
     name: str
@@ -180,7 +180,7 @@ class SceneConfig:
     timestep: float = 0.01
     substeps: int = 5
     workspace_low: tuple[float, float, float] = (0.32, -0.26, 0.012)
-    workspace_high: tuple[float, float, float] = (0.66, 0.26, 0.35)
+    workspace_high: tuple[float, float, float] = (0.66, 0.26, 0.32)
     table_rgba: Rgba = (0.72, 0.62, 0.50, 1.0)
     floor_rgba: Rgba = (0.40, 0.44, 0.50, 1.0)
 
@@ -254,8 +254,8 @@ def build_scene(assets: Sequence[Asset], config: SceneConfig | None = None) -> S
 
 
 def scene_mjcf(assets: Sequence[Asset], config: SceneConfig) -> str:
-    """The scene as MJCF text. Visual quality is kept low (few facets, no multisampling, no shadows): it is what software
-    rendering spends its time on, and at 64 to 224 pixels nobody sees the difference."""
+    """The scene as MJCF text. Visual quality is kept low (few facets, no multisampling, no shadows): it is what
+    software rendering spends its time on, and at 64 to 224 pixels nobody sees the difference."""
     bodies = "".join(
         f'<body name="{a.name}" mocap="false"><freejoint name="{a.name}"/>{a.mjcf()}</body>' if a.movable
         else f'<body name="{a.name}" mocap="true">{a.mjcf()}</body>'
@@ -277,7 +277,7 @@ def scene_mjcf(assets: Sequence[Asset], config: SceneConfig) -> str:
  <light name="key" pos=".8 .6 1.5" dir="-.3 -.5 -1" directional="true" diffuse=".45 .45 .45" specular="0 0 0"/>
  <geom name="floor" type="plane" size="4 4 1" pos="0 0 -.6" {_VISUAL} rgba="{floor}"/>
  <geom name="table" type="box" size=".50 .60 .03" pos=".35 0 -.03" contype="4" conaffinity="3" rgba="{table}"/>
- <camera name="agent" pos="1.02 0 .56" xyaxes="0 1 0 -.68 0 .733" fovy="44"/>
+ <camera name="agent" pos="1.0 0 .55" xyaxes="0 1 0 -.647 0 .762" fovy="37"/>
  {arm_bodies()}{bodies}
 </worldbody>
 <actuator>{arm_actuators()}</actuator>

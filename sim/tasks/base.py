@@ -1,8 +1,8 @@
 """What a task is, and what it draws an episode from.
 
-A task is one class in one file: the assets it puts on the table, `sample` (where things stand and what is said, from one
-generator an episode), `evaluate` (success, failure and progress of all environments at once) and `plan` (waypoints for
-the scripted expert). Decorate it with `@register_task`, or pass an instance to `make_tabletop`.
+A task is one class in one file: the assets it puts on the table, `sample` (where things stand and what is said, from
+one generator an episode), `evaluate` (success, failure and progress of all environments at once) and `plan`
+(waypoints for the scripted expert). Decorate it with `@register_task`, or pass an instance to `make_tabletop`.
 
 Splits. "train" and "test" draw from one distribution in disjoint random streams. "ood" shifts all of `OOD_AXES`;
 "ood_colors", "ood_positions", "ood_distractors" and "ood_sentences" shift one each.
@@ -61,8 +61,8 @@ class EpisodeStart:
     """An episode before its first step.
 
     `poses`: every asset's pose. `instruction`: the sentence. `variables`: what the predicates need to know, such as the
-    index of the named block; numbers or arrays, of the same names and shapes in every episode. `colors`: asset -> colour.
-    `joints`: asset -> position of its sliding part, m (default 0).
+    index of the named block; numbers or arrays, of the same names and shapes in every episode. `colors`: asset ->
+    colour. `joints`: asset -> position of its sliding part, m (default 0).
     """
 
     poses: Mapping[str, Pose]
@@ -150,8 +150,8 @@ class Draw:
 # -------------------------------------------------------------------------------------------------- judging a state
 @dataclass(frozen=True)
 class TaskStatus:
-    """How the environments stand. `success`, `failure`: bool [N]; either ends an episode. `progress`: float [N], about 0
-    at the start and 1 at success; the dense reward is its change. `variables`: new values of task variables that the
+    """How the environments stand. `success`, `failure`: bool [N]; either ends an episode. `progress`: float [N], about
+    0 at the start and 1 at success; the dense reward is its change. `variables`: new values of task variables that the
     task keeps over time (a sub-goal reached), by name; the environment stores them where it is active."""
 
     success: Tensor

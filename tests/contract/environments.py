@@ -10,6 +10,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from tests.contract.gym_env import DriftEnv
 from tests.contract.scripted_env import ScriptedEnv
 from vla_rl.envs.gym import GymStepEnv
+from vla_rl.envs.tabletop import TabletopConfig, TabletopEnv
 from vla_rl.protocols import StepEnv
 
 
@@ -21,10 +22,19 @@ def _gym(mode: AutoresetMode, vector: type = SyncVectorEnv) -> Callable[[int], S
     return make
 
 
+def _tabletop(control: str) -> Callable[[int], StepEnv]:
+    config = TabletopConfig(
+        control=control, cameras={"agent": 32}, reward="dense", privileged_state=True, max_episode_steps=7
+    )
+    return lambda num_envs: TabletopEnv("reach", num_envs, config)
+
+
 ENVIRONMENTS: dict[str, Callable[[int], StepEnv]] = {
     "scripted": lambda n: ScriptedEnv(n, max_episode_steps=6),
     "gym_disabled": _gym(AutoresetMode.DISABLED),
     "gym_next_step": _gym(AutoresetMode.NEXT_STEP),
     "gym_same_step": _gym(AutoresetMode.SAME_STEP),
     "gym_async": _gym(AutoresetMode.SAME_STEP, AsyncVectorEnv),
+    "tabletop": _tabletop("ee_delta_yaw"),
+    "tabletop_joint": _tabletop("joint_delta"),
 }
