@@ -145,7 +145,9 @@ def scripted_demos(num_demos: int, seed: int, action_noise: float = 0.25) -> tup
         active = active & ~outcome.terminated
     succeeded = succeeded.nonzero().flatten()[:num_demos]
     if len(succeeded) < num_demos:
-        raise RuntimeError(f"{len(succeeded)} of {num_attempts} attempts succeeded, needed {num_demos}; lower the noise")
+        raise RuntimeError(
+            f"{len(succeeded)} of {num_attempts} attempts succeeded, needed {num_demos}; lower the noise"
+        )
     chunks = torch.stack(actions, dim=1)[succeeded].unflatten(1, (-1, CHUNK)).flatten(0, 1)
     mask = torch.stack(executed, dim=1)[succeeded].unflatten(1, (-1, CHUNK)).flatten(0, 1)
     starts = torch.stack(states[::CHUNK], dim=1)[succeeded].flatten(0, 1)

@@ -75,7 +75,7 @@ class FlowMLP(nn.Module):
         return Prefix(inputs.state[:, None], mask, inputs.state)
 
     def velocity(self, prefix: Prefix, x_t: Tensor, flow_time: Tensor) -> VelocityOutput:
-        """`x_t` [N, H, A], `flow_time` [N] -> velocity [N, H, A]; hidden [N, H, width + H], the last H say which step."""
+        """`x_t` [N, H, A], `flow_time` [N] -> velocity [N, H, A]; hidden [N, H, width + H], the last H one-hot."""
         angle = flow_time[:, None] * self._frequency
         x = torch.cat([x_t.flatten(1), torch.sin(angle), torch.cos(angle), prefix.tokens[:, 0]], dim=1)
         hidden = nn.functional.silu(self.input(x))

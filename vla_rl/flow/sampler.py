@@ -15,7 +15,7 @@ from vla_rl.protocols import FlowPolicy, GaussianPolicy, Prefix
 
 
 class ScoredTrace(Protocol):
-    """A trace whose scores a ratio can be formed with. `values` [N, E]: log-probabilities; `log_prob` [N]: their joint."""
+    """A trace that ratios can be formed with. `values` [N, E]: log-probabilities; `log_prob` [N]: their joint."""
 
     values: Tensor
     log_prob: Tensor
@@ -96,7 +96,7 @@ class GaussianTrace:
 
 
 class GaussianSampler:
-    """Chunks of a diagonal Gaussian policy. `scored_horizon`: the action steps that count, those executed (None: all)."""
+    """Chunks of a diagonal Gaussian policy. `scored_horizon`: the action steps that count (None: all)."""
 
     def __init__(self, policy: GaussianPolicy, scored_horizon: int | None = None) -> None:
         horizon = policy.action_horizon if scored_horizon is None else scored_horizon

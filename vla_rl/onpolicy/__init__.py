@@ -1,1 +1,26 @@
-"""On-policy algorithms, one file each: frozen config, pure losses, learner."""
+"""On-policy reinforcement of chunk policies: PPO, GRPO, and what DPPO and FPO change about them."""
+
+from vla_rl.onpolicy.actor import ActorConfig, ActorData, ActorUpdate
+from vla_rl.onpolicy.critic import Critic, CriticConfig
+from vla_rl.onpolicy.divergence import DivergenceError
+from vla_rl.onpolicy.dppo import DenoisingDiscount
+from vla_rl.onpolicy.fpo import FPOConfig, FPOSampler
+from vla_rl.onpolicy.grpo import GRPO, GRPOConfig
+from vla_rl.onpolicy.ppo import PPO, PPOConfig, flow_sampler
+
+__all__ = [
+    "GRPO",
+    "PPO",
+    "ActorConfig",
+    "ActorData",
+    "ActorUpdate",
+    "Critic",
+    "CriticConfig",
+    "DenoisingDiscount",
+    "DivergenceError",
+    "FPOConfig",
+    "FPOSampler",
+    "GRPOConfig",
+    "PPOConfig",
+    "flow_sampler",
+]

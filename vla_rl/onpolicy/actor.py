@@ -24,9 +24,9 @@ DemoSource = Callable[[int], tuple[PolicyInputs, Tensor, Tensor]]
 class ActorConfig:
     """`clip`: bound on |ratio - 1|. `dual_clip`: for a negative advantage the objective never falls below
     dual_clip * advantage (None: off). `target_kl`: stop the update where the k3 estimate of the joint KL of a minibatch
-    exceeds it (None: never). `entropy_coef`: only where the standard deviation is learned. `reference_kl_coef`: KL to the
-    policy as it was at the start. `bc_coef`: supervised loss on demonstrations. `recompute_log_probs`: score the traces
-    once more before the update; needed where rollouts run in another precision."""
+    exceeds it (None: never). `entropy_coef`: only where the standard deviation is learned. `reference_kl_coef`: KL to
+    the policy as it was at the start. `bc_coef`: supervised loss on demonstrations. `recompute_log_probs`: score the
+    traces once more before the update; needed where rollouts run in another precision."""
 
     learning_rate: float = 1e-4
     adam_betas: tuple[float, float] = (0.9, 0.999)

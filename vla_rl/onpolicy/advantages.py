@@ -39,6 +39,6 @@ def normalize_advantages(advantages: Tensor, valid: Tensor) -> Tensor:
 
 
 def explained_variance(predicted: Tensor, target: Tensor) -> float:
-    """1 - Var(target - predicted) / Var(target); 1 is perfect, 0 no better than a constant. NaN for a constant target."""
+    """1 - Var(target - predicted) / Var(target); 1 is perfect, 0 as good as a constant. NaN for a constant target."""
     variance = target.var()
     return float(1.0 - (target - predicted).var() / variance) if float(variance) > 0.0 else float("nan")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class DivergenceError(RuntimeError):
-    """Raised before the step that would have spoilt the parameters. `minibatch` holds what the loss was computed from."""
+    """Raised before the step that would have spoilt the parameters. `minibatch`: what the loss was made of."""
 
     def __init__(self, message: str, minibatch: Mapping[str, Tensor]) -> None:
         super().__init__(message)
@@ -20,7 +20,7 @@ def require_finite(name: str, value: Tensor, minibatch: Mapping[str, Tensor]) ->
     """Raise DivergenceError where `value` holds a NaN or an infinity."""
     if not bool(torch.isfinite(value).all()):
         raise DivergenceError(
-            f"{name} is not finite; the parameters were not changed. "
-            "Look at the dumped minibatch; usual causes are a learning rate that is too high or a reward that is not finite",
+            f"{name} is not finite; the parameters were not changed. Look at the dumped minibatch; "
+            "usual causes are a learning rate that is too high or a reward that is not finite",
             {key: tensor.detach().clone() for key, tensor in minibatch.items()},
         )

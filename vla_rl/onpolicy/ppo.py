@@ -1,4 +1,4 @@
-"""PPO on chunks (arXiv 1707.06347), for flow policies through their denoising chains (arXiv 2510.25889) and for Gaussians.
+"""PPO on chunks (arXiv 1707.06347): flow policies through their denoising chains (arXiv 2510.25889), and Gaussians.
 
 batch = collector.collect(num_decisions)
 metrics = ppo.update(batch)
@@ -27,8 +27,8 @@ from vla_rl.rollout.collector import RolloutBatch
 @dataclass(frozen=True)
 class PPOConfig:
     """`gamma`: per control step; a chunk of k executed steps discounts by gamma^k. `gae_lambda`: per chunk.
-    `critic_warmup_iterations`: updates that fit the critic and leave the policy alone. `shuffle_advantages`: the negative
-    control, which must not learn: advantages are dealt out to decisions at random."""
+    `critic_warmup_iterations`: updates that fit the critic and leave the policy alone. `shuffle_advantages`: the
+    negative control, which must not learn: advantages are dealt out to decisions at random."""
 
     gamma: float = 0.99
     gae_lambda: float = 0.95
@@ -45,7 +45,7 @@ class PPOConfig:
 
 
 def flow_sampler(policy: FlowPolicy, config: FlowSamplerConfig, *, seed: int = 0) -> FlowSampler:
-    """A sampler of `policy`, with a new noise head where the kernel has one. `seed` decides the head's first weights."""
+    """A sampler of `policy`, with a new noise head where the kernel has one. `seed`: of the head's first weights."""
     require(policy, FlowPolicy, by=f"the sampler {config.kernel}")
     if config.kernel != "flow_noise":
         return FlowSampler(policy, config)
@@ -100,7 +100,7 @@ class PPO:
         return advantages, targets, values
 
     def update(self, batch: RolloutBatch) -> dict[str, float]:
-        """One update of policy and critic from a rollout. Raises DivergenceError before a step that would spoil them."""
+        """One update of policy and critic. Raises DivergenceError before a step that would spoil them."""
         config = self.config
         if not bool(batch.valid.any()):
             raise ValueError("the rollout holds no decision that the policy executed")

@@ -117,8 +117,8 @@ class _Window:
 class RolloutCollector:
     """Runs a sampler's policy in a chunked environment.
 
-    `execution_horizon`: steps of each chunk that are executed. `seed` decides the policy's noise, and the episodes unless
-    `env_seeds` (one an environment) does. Actions reach the environment unclamped; clamping is its business.
+    `execution_horizon`: steps of each chunk that are executed. `seed` decides the policy's noise, and the episodes
+    unless `env_seeds` (one an environment) does. Actions reach the environment unclamped; clamping is its business.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class RolloutCollector:
         return self._batch(window)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the future of the rollouts. The current observation is not in it: it is read again."""
+        """Everything that decides the future rollouts. The current observation is not in it: it is read again."""
         return {
             "env": self.env.state_dict() if self._obs is not None else None,
             "generator": self._generator.get_state(),
