@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from vla_rl.core import ActionChunk, ActionSpec, CameraSpec, EnvSpec, Observation
+from vla_rl.envs.tabletop import make_tabletop
 from vla_rl.envs.vector import ChunkedEnv
-from vla_rl.evaluation.evaluate import evaluate, policy_noise
+from vla_rl.evaluation.evaluate import evaluate, evaluate_controller, policy_noise
 from vla_rl.evaluation.result import EPISODES_FILE, SUMMARY_FILE, Episode, EvalResult
 from vla_rl.evaluation.video import read_video
+from vla_rl.policies.tiny import TinyVLA, TinyVLAConfig
 from vla_rl.protocols import StepOutcome
 from vla_rl.rollout.recorder import EpisodeRecorder
 from vla_rl.train import metrics
@@ -256,6 +258,46 @@ def test_a_policy_of_another_action_dimension_is_refused():
         run(policy=policy)
 
 
+# ----------------------------------------------------------------------------------------------------- controllers
+def straight_to_the_goal(env: ChunkedEnv):
+    """Acts from the environment's own state, one step at a time, as a scripted expert does."""
+    inner = env.step_env
+    return lambda: 0.5 * (inner.goal - inner.position)[:, None]
+
+
+def test_a_controller_is_evaluated_on_the_same_episodes():
+    expert = evaluate_controller(make_env, straight_to_the_goal, range(100, 140), num_envs=7, progress=False)
+    learned = run()
+    assert [e.key for e in expert.episodes] == [e.key for e in learned.episodes]
+    assert expert.success_once.rate > max(0.9, learned.success_once.rate)
+    for num_envs in (1, 40):
+        assert (
+            evaluate_controller(make_env, straight_to_the_goal, range(100, 140), num_envs=num_envs, progress=False)
+            == expert
+        )
+    with pytest.raises(ValueError, match="num_envs"):
+        evaluate_controller(make_env, straight_to_the_goal, [1], num_envs=0, progress=False)
+
+
+# ------------------------------------------------------------------------------------------- the project's simulator
+def test_a_vision_policy_on_the_tabletop_does_not_depend_on_the_number_of_environments():
+    def env(n):
+        return make_tabletop("reach", n, cameras={"agent": 64}, split="test", auto_reset=False)
+
+    probe = env(1)
+    spec = probe.spec
+    probe.close()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        policy = TinyVLA(TinyVLAConfig(spec.state_dim, spec.action.dim))
+    results = [
+        evaluate(policy, env, range(7), execution_horizon=8, num_envs=n, policy_batch_size=4, progress=False)
+        for n in (1, 3, 7)
+    ]
+    assert results[0] == results[1] == results[2]
+    assert len({episode.instruction for episode in results[0].episodes}) > 3
+
+
 # ---------------------------------------------------------------------------------------------------------- files
 def test_a_result_survives_the_disk(tmp_path):
     result = run(config={"checkpoint": "sft"})
@@ -339,5 +381,5 @@ def test_progress_shows_episodes_and_the_rate(monkeypatch):
     monkeypatch.setattr(metrics.sys, "stderr", stream)
     result = run(progress=True)
     last = stream.getvalue().splitlines()[-1]
-    assert "evaluation: 40/40 ep" in last
+    assert "evaluation of point: 40/40 ep" in last
     assert f"success {result.success_once.rate:.2f}" in last

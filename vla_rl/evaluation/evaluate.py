@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from vla_rl.evaluation.result import Episode, EvalResult
 from vla_rl.protocols import ChunkedVectorEnv, Policy
 from vla_rl.rollout.recorder import EpisodeRecorder
 from vla_rl.train.metrics import Progress
+
+EnvT = TypeVar("EnvT", bound=ChunkedVectorEnv)
 
 
 @dataclass
@@ -38,6 +40,9 @@ class _Slot:
     length: int = 0
     episode_return: float = 0.0
     success_once: bool = False
+
+
+_Act = Callable[[Observation, Mapping[int, _Slot]], Tensor]
 
 
 def policy_noise(noise_seed: int, episode_seed: int, decision: int, action_horizon: int, action_dim: int) -> Tensor:
@@ -84,54 +89,130 @@ def evaluate(
         )
     if num_envs < 1 or policy_batch_size < 1:
         raise ValueError(f"evaluate: num_envs and policy_batch_size must be >= 1, got {num_envs}, {policy_batch_size}")
-    start = time.monotonic()
     env = make_env(min(num_envs, len(seeds)))
-    try:
-        limit = _checked_env(env, policy, max_episode_steps)
-        run = _Run(env, policy, seeds, execution_horizon, policy_batch_size, noise_seed, task or env.spec.name, limit)
-        with _evaluation_mode(policy):
-            episodes = run.all_episodes(record, Progress(len(seeds), "evaluation", unit="ep") if progress else None)
+    with _closing(env, record):
+        _check_action_dim(env, policy)
+        limit = _time_limit(env, max_episode_steps)
+        run = _Run(env, seeds, task or env.spec.name, limit, policy_batch_size)
+        caller = _PolicyCaller(policy, env.num_envs, execution_horizon, policy_batch_size, noise_seed)
         protocol = {
-            "task": task or env.spec.name,
-            "env": env.spec.name,
-            "control_hz": env.spec.control_hz,
-            "max_episode_steps": limit,
             "execution_horizon": execution_horizon,
             "policy_batch_size": policy_batch_size,
             "noise_seed": noise_seed,
         }
-    finally:
-        if record is not None:
-            record.discard()
-        env.close()
-    return EvalResult(episodes, {**(config or {}), **protocol}, time.monotonic() - start)
+        with _evaluation_mode(policy):
+            return run.result(caller.act, record, progress, {**(config or {}), **protocol})
+
+
+def evaluate_controller(
+    make_env: Callable[[int], EnvT],
+    make_controller: Callable[[EnvT], Callable[[], Tensor]],
+    episode_seeds: Sequence[int],
+    *,
+    num_envs: int = 32,
+    task: str | None = None,
+    max_episode_steps: int | None = None,
+    record: EpisodeRecorder | None = None,
+    config: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> EvalResult:
+    """The same for whoever acts from the environment itself, such as a scripted expert: the upper end of a report.
+
+    `make_controller(env)` returns a callable that gives actions [N, K, A] for the environments as they are now, each
+    row independent of the others. The other arguments are those of `evaluate`.
+    """
+    seeds = _checked_seeds(episode_seeds, noise_seed=0)
+    if num_envs < 1:
+        raise ValueError(f"evaluate_controller: num_envs must be >= 1, got {num_envs}")
+    env = make_env(min(num_envs, len(seeds)))
+    with _closing(env, record):
+        limit = _time_limit(env, max_episode_steps)
+        controller = make_controller(env)
+        run = _Run(env, seeds, task or env.spec.name, limit, rows=1)
+        return run.result(lambda _obs, _slots: controller(), record, progress, config or {})
+
+
+class _PolicyCaller:
+    """Calls a policy with a fixed number of rows, each episode always in the same one."""
+
+    def __init__(self, policy: Policy, num_envs: int, execution_horizon: int, batch_size: int, noise_seed: int) -> None:
+        self.policy, self.num_envs, self.batch_size = policy, num_envs, batch_size
+        self.execution_horizon, self.noise_seed = execution_horizon, noise_seed
+
+    @torch.no_grad()
+    def act(self, obs: Observation, slots: Mapping[int, _Slot]) -> Tensor:
+        """Actions [N, K, A]; environments without an episode get zeros, which do not move them."""
+        device = obs.state.device
+        shape = (self.policy.action_horizon, self.policy.action_dim)
+        actions = torch.zeros(self.num_envs, self.execution_horizon, self.policy.action_dim, device=device)
+        for rows in self._batches(slots):
+            filler = next(iter(rows.values()))
+            source = torch.tensor([rows.get(r, filler) for r in range(self.batch_size)], device=device)
+            noise = torch.zeros(self.batch_size, *shape)
+            for row, i in rows.items():
+                noise[row] = policy_noise(self.noise_seed, slots[i].seed, slots[i].decision, *shape)
+            chunk = self.policy.act(obs.select(source), noise.to(device)).actions
+            if tuple(chunk.shape) != (self.batch_size, *shape):
+                raise ValueError(
+                    f"the policy returned actions {tuple(chunk.shape)}, expected {(self.batch_size, *shape)}"
+                )
+            for row, i in rows.items():
+                actions[i] = chunk[row, : self.execution_horizon].to(actions)
+        return actions
+
+    def _batches(self, slots: Mapping[int, _Slot]) -> list[dict[int, int]]:
+        """Row of the policy's batch -> environment, in as few calls as the fixed rows allow."""
+        batches: list[dict[int, int]] = []
+        for i, slot in slots.items():
+            row = slot.episode % self.batch_size
+            free = next((batch for batch in batches if row not in batch), None)
+            if free is None:
+                free = {}
+                batches.append(free)
+            free[row] = i
+        return batches
 
 
 class _Run:
-    """The state of one evaluation: which environment runs which episode, and what is still to do."""
+    """The state of one evaluation: which environment runs which episode, and what is still to do.
+
+    `rows`: how many rows the policy's batch has; episode i will sit in row i mod rows.
+    """
 
     def __init__(
         self,
         env: ChunkedVectorEnv,
-        policy: Policy,
         seeds: Sequence[int],
-        execution_horizon: int,
-        policy_batch_size: int,
-        noise_seed: int,
         task: str,
         limit: int,
+        rows: int,
     ) -> None:
-        self.env, self.policy, self.task, self.limit = env, policy, task, limit
-        self.execution_horizon, self.batch_size, self.noise_seed = execution_horizon, policy_batch_size, noise_seed
-        self.seeds = seeds
+        self.env, self.seeds, self.task, self.limit, self.rows = env, seeds, task, limit, rows
         self.pending = list(range(len(seeds)))
         self.slots: dict[int, _Slot] = {}
         self.finished: dict[int, Episode] = {}
 
-    def all_episodes(self, recorder: EpisodeRecorder | None, progress: Progress | None) -> tuple[Episode, ...]:
+    def result(
+        self, act: _Act, recorder: EpisodeRecorder | None, progress: bool, config: Mapping[str, Any]
+    ) -> EvalResult:
+        start = time.monotonic()
+        spec = self.env.spec
+        measured = {
+            "task": self.task,
+            "env": spec.name,
+            "control_hz": spec.control_hz,
+            "max_episode_steps": self.limit,
+        }
+        line = Progress(len(self.seeds), f"evaluation of {self.task}", unit="ep") if progress else None
+        episodes = self._all_episodes(act, recorder, line)
+        return EvalResult(episodes, {**config, **measured}, time.monotonic() - start)
+
+    def _all_episodes(
+        self, act: _Act, recorder: EpisodeRecorder | None, progress: Progress | None
+    ) -> tuple[Episode, ...]:
         obs = self._fill(range(self.env.num_envs))
         while self.slots:
-            actions = self._act(obs)
+            actions = act(obs, self.slots)
             wanted = [i for i, slot in self.slots.items() if recorder is not None and recorder.wants(slot.seed)]
             step = self.env.step(actions, record=wanted)
             if recorder is not None:
@@ -158,46 +239,11 @@ class _Run:
 
     def _next_episode(self) -> int:
         """The first pending episode in the least crowded row of the policy's batch: a row taken twice costs a call."""
-        crowd = [0] * self.batch_size
+        crowd = [0] * self.rows
         for slot in self.slots.values():
-            crowd[slot.episode % self.batch_size] += 1
-        best = min(range(len(self.pending)), key=lambda j: (crowd[self.pending[j] % self.batch_size], j))
+            crowd[slot.episode % self.rows] += 1
+        best = min(range(len(self.pending)), key=lambda j: (crowd[self.pending[j] % self.rows], j))
         return self.pending.pop(best)
-
-    @torch.no_grad()
-    def _act(self, obs: Observation) -> Tensor:
-        """Actions [N, K, A]; environments without an episode get zeros, which do not move them."""
-        device = obs.state.device
-        shape = (self.policy.action_horizon, self.policy.action_dim)
-        actions = torch.zeros(self.env.num_envs, self.execution_horizon, self.policy.action_dim, device=device)
-        for rows in self._batches():
-            filler = next(iter(rows.values()))
-            source = torch.tensor([rows.get(r, filler) for r in range(self.batch_size)], device=device)
-            noise = torch.zeros(self.batch_size, *shape)
-            for row, i in rows.items():
-                slot = self.slots[i]
-                noise[row] = policy_noise(self.noise_seed, slot.seed, slot.decision, *shape)
-            chunk = self.policy.act(obs.select(source), noise.to(device)).actions
-            if tuple(chunk.shape) != (self.batch_size, *shape):
-                raise ValueError(
-                    f"the policy returned actions {tuple(chunk.shape)}, expected {(self.batch_size, *shape)}"
-                )
-            for row, i in rows.items():
-                actions[i] = chunk[row, : self.execution_horizon].to(actions)
-        return actions
-
-    def _batches(self) -> Iterator[dict[int, int]]:
-        """Row of the policy's batch -> environment, as few calls as the fixed rows allow."""
-        batches: list[dict[int, int]] = []
-        for i, slot in self.slots.items():
-            row = slot.episode % self.batch_size
-            for batch in batches:
-                if row not in batch:
-                    batch[row] = i
-                    break
-            else:
-                batches.append({row: i})
-        return iter(batches)
 
     def _account(self, step: ChunkStep, recorder: EpisodeRecorder | None) -> list[int]:
         """Add the chunk to the running episodes; returns the environments whose episode ended."""
@@ -244,15 +290,18 @@ def _checked_seeds(episode_seeds: Sequence[int], noise_seed: int) -> list[int]:
     return seeds
 
 
-def _checked_env(env: ChunkedVectorEnv, policy: Policy, max_episode_steps: int | None) -> int:
-    """The time limit of an episode in control steps, after everything that could go wrong with the environment."""
-    if getattr(env, "auto_reset", False):
-        raise ValueError("evaluate: the environment resets itself; build it with auto_reset=False")
+def _check_action_dim(env: ChunkedVectorEnv, policy: Policy) -> None:
     if env.spec.action.dim != policy.action_dim:
         raise ValueError(
             f"evaluate: the policy has {policy.action_dim} action dimensions, {env.spec.name} expects "
             f"{env.spec.action.dim} ({', '.join(env.spec.action.names)})"
         )
+
+
+def _time_limit(env: ChunkedVectorEnv, max_episode_steps: int | None) -> int:
+    """The longest episode in control steps. Raises ValueError for an environment that resets itself or never ends."""
+    if getattr(env, "auto_reset", False):
+        raise ValueError("evaluate: the environment resets itself; build it with auto_reset=False")
     own = env.spec.max_episode_steps
     if own is not None and max_episode_steps is not None:
         raise ValueError(
@@ -262,6 +311,17 @@ def _checked_env(env: ChunkedVectorEnv, policy: Policy, max_episode_steps: int |
     if limit is None:
         raise ValueError(f"evaluate: {env.spec.name} has no time limit and might never end; give max_episode_steps")
     return limit
+
+
+@contextmanager
+def _closing(env: ChunkedVectorEnv, record: EpisodeRecorder | None) -> Iterator[None]:
+    """Close the environment in any case, and drop videos of episodes that did not end."""
+    try:
+        yield
+    finally:
+        if record is not None:
+            record.discard()
+        env.close()
 
 
 @contextmanager
