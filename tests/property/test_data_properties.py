@@ -30,7 +30,10 @@ def test_normalisation_inverts_within_float32_rounding(kind, rows):
 
 @QUICK
 @given(
-    low=finite, width=st.floats(2**-10, 2**10, width=32), fraction=st.floats(0, 1), eps=st.sampled_from([0.0, 1e-8, 1e-6])
+    low=finite,
+    width=st.floats(2**-10, 2**10, width=32),
+    fraction=st.floats(0, 1),
+    eps=st.sampled_from([0.0, 1e-8, 1e-6]),
 )
 def test_bounds_map_into_the_unit_interval(low, width, fraction, eps):
     a, b = torch.tensor([low]), torch.tensor([low]) + width
@@ -41,7 +44,9 @@ def test_bounds_map_into_the_unit_interval(low, width, fraction, eps):
 
 
 @settings(max_examples=60, deadline=None)
-@given(t=st.integers(1, 4), h=st.integers(1, 20), w=st.integers(1, 20), seed=st.integers(0, 2**31), smooth=st.booleans())
+@given(
+    t=st.integers(1, 4), h=st.integers(1, 20), w=st.integers(1, 20), seed=st.integers(0, 2**31), smooth=st.booleans()
+)
 def test_pictures_survive_png(t, h, w, seed, smooth):
     rng = np.random.default_rng(seed)
     high = 3 if smooth else 256
@@ -64,7 +69,12 @@ def test_combined_statistics_are_those_of_the_whole(parts):
 def test_image_statistics_match_numpy(t, seed, high):
     images = np.random.default_rng(seed).integers(0, high, (t, 6, 5, 3)).astype(np.uint8)
     ours, pixels = image_stats(torch.from_numpy(images)), images.reshape(-1, 3) / 255.0
-    for name, expected in {"min": pixels.min(0), "max": pixels.max(0), "mean": pixels.mean(0), "std": pixels.std(0)}.items():
+    for name, expected in {
+        "min": pixels.min(0),
+        "max": pixels.max(0),
+        "mean": pixels.mean(0),
+        "std": pixels.std(0),
+    }.items():
         np.testing.assert_allclose(ours[name].reshape(3), expected, atol=1e-9)
     lower = np.quantile(pixels, [0.01, 0.5, 0.99], axis=0, method="lower")
     upper = np.quantile(pixels, [0.01, 0.5, 0.99], axis=0, method="higher")
@@ -74,7 +84,13 @@ def test_image_statistics_match_numpy(t, seed, high):
 
 
 @QUICK
-@given(n=st.integers(1, 30), batch=st.integers(1, 40), calls=st.integers(1, 12), stop=st.integers(0, 12), seed=st.integers(0, 99))
+@given(
+    n=st.integers(1, 30),
+    batch=st.integers(1, 40),
+    calls=st.integers(1, 12),
+    stop=st.integers(0, 12),
+    seed=st.integers(0, 99),
+)
 def test_sampler_sees_every_sample_once_an_epoch_and_resumes_exactly(n, batch, calls, stop, seed):
     sampler = EpochSampler(n, batch, seed)
     drawn = []

@@ -1,4 +1,4 @@
-"""LeRobot v3.0 datasets: what is written is read back, by us and by the `datasets` library; v2.1 is read; errors name."""
+"""LeRobot v3.0 datasets: what is written is read back, by us and by `datasets`; v2.1 is read; errors name."""
 
 import json
 

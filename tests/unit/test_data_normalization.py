@@ -27,7 +27,9 @@ def test_hand_computed_values_of_every_kind():
         "min_max": [[0.5, 0.0, 0.0]],
     }
     for kind, values in expected.items():
-        torch.testing.assert_close(Normalizer.from_stats(STATS, kind).normalize(x), torch.tensor(values), rtol=0, atol=1e-7)
+        torch.testing.assert_close(
+            Normalizer.from_stats(STATS, kind).normalize(x), torch.tensor(values), rtol=0, atol=1e-7
+        )
 
 
 def test_openpi_quantile_formula_is_reproduced_on_a_constant_too():

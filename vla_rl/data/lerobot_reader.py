@@ -130,7 +130,8 @@ class LeRobotDataset:
         where = self._where(index)
         names = tuple(self.cameras if cameras is None else cameras)
         optional = [k for k in (fmt.REWARD, fmt.SUCCESS, fmt.TRUNCATED) if k in self.features]
-        self._feature(fmt.STATE), self._feature(fmt.ACTION)
+        for name in (fmt.STATE, fmt.ACTION):
+            self._feature(name)
         table = self._rows(where, [fmt.STATE, fmt.ACTION, "episode_index", *optional])
 
         def column(name: str, dtype: type[np.generic]) -> Tensor:
@@ -282,8 +283,8 @@ class LeRobotDataset:
             raise DatasetError(f"{self.path}/meta/episodes does not list episodes 0 to {len(rows) - 1} once each")
         file_start: dict[tuple[int, int], int] = {}
         for row in rows:
-            number = (row["data/chunk_index"], row["data/file_index"])
-            file_start[number] = min(file_start.get(number, row["dataset_from_index"]), row["dataset_from_index"])
+            number, start = (row["data/chunk_index"], row["data/file_index"]), int(row["dataset_from_index"])
+            file_start[number] = min(file_start.get(number, start), start)
         sentences = self._sentences_v3(rows)
         return tuple(self._info_v3(row, file_start, sentence) for row, sentence in zip(rows, sentences, strict=True))
 
