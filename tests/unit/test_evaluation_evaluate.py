@@ -50,6 +50,7 @@ class PointEnv:
         self.num_rendered = 0
 
     def reset(self, env_ids, seeds):
+        assert env_ids.tolist() == sorted(env_ids.tolist())  # batched engines insist on it
         for i, seed in zip(env_ids.tolist(), seeds.tolist(), strict=True):
             rng = np.random.default_rng(seed)
             self.position[i] = torch.from_numpy(rng.uniform(-1, 1, 2)).float()

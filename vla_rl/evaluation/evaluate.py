@@ -275,7 +275,7 @@ class _Run:
                 recorder.finish(slot.seed, instruction=slot.instruction, success=slot.success_once)
             del self.slots[i]
             done.append(i)
-        return done
+        return sorted(done)
 
 
 def _checked_seeds(episode_seeds: Sequence[int], noise_seed: int) -> list[int]:
