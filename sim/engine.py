@@ -4,6 +4,9 @@ Scene, task, control and reward code reads and writes these tensors and asks not
 drives `CpuEngine` (mujoco.batch on CPU threads) and an engine on a GPU.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (mujoco's compiled modules have no type stubs)
+
 from __future__ import annotations
 
 import os

@@ -6,6 +6,9 @@ of two cores at 64 px, without copying states to and fro): MuJoCo's calls releas
 rasteriser threads are turned off (LP_NUM_THREADS=0), for one core a frame is faster when all cores have frames to draw.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (mujoco's compiled modules have no type stubs)
+
 from __future__ import annotations
 
 import importlib

@@ -7,6 +7,9 @@ An asset is placed once an episode. Movable blocks hang on a free joint; everyth
 stands where it was put and costs no degrees of freedom. Drawers and buttons are mocap bodies that carry a sliding part.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (mujoco's compiled modules have no type stubs)
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +39,8 @@ class Asset(Protocol):
     body's origin when it lies on the table. `joint`: name of the sliding joint that it carries, or None.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     @property
     def movable(self) -> bool: ...

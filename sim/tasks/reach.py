@@ -12,8 +12,8 @@ from vla_rl.sim.scene import Asset, Block
 from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, TaskStatus, falling, register_task
 from vla_rl.sim.view import SceneView, pick
 
-BLOCKS = ("block0", "block1", "block2")
-DISTRACTORS = ("distractor0", "distractor1")
+BLOCKS: tuple[str, ...] = ("block0", "block1", "block2")
+DISTRACTORS: tuple[str, ...] = ("distractor0", "distractor1")
 
 TEMPLATES = (
     "touch the {color} {noun}",

@@ -1,4 +1,4 @@
-"""Control steps per second of our tabletop through the whole chunked path: control, physics, reward, resets, observation.
+"""Control steps per second of our tabletop through the whole chunked path, from action to observation.
 
 `measure_tabletop` is one side of the comparison with other simulators. Run as a program, it prints our side alone.
 """
@@ -27,8 +27,8 @@ def measure_tabletop(
 ) -> dict[str, float]:
     """Random actions in chunks of `chunk` steps, auto-reset on, for about `seconds` after a warm-up.
 
-    Returns `steps_per_s` (executed control steps of all environments; steps after an episode's end within a chunk do not
-    count), `frames_per_s` and `episodes_per_s`.
+    Returns `steps_per_s` (executed control steps of all environments; those after an episode's end within a chunk
+    do not count), `frames_per_s` and `episodes_per_s`.
     """
     torch.set_num_threads(1)
     env = make_tabletop(task, num_envs, cameras=cameras, num_threads=num_threads)
