@@ -8,7 +8,6 @@ env.step(expert.chunk(8))           # or eight actions planned from one look and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +17,11 @@ from torch import Tensor
 from vla_rl.envs.tabletop import TabletopEnv
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.sim.control import EeDeltaController
+from vla_rl.sim.tasks.base import Plan
 from vla_rl.sim.view import pick
 
 _NOISE_STREAM = 0x0E
+_ARRIVED = 0.01  # m
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class ScriptedExpert:
         env, control = self._env, self._control
         self._begin_new_episodes()
         plan = env.task.plan(env.view, env.variables)
-        self._advance(plan.done, plan.dwell)
+        self._advance(pick(plan.done, self._phase) | self._arrived_beside(plan), plan)
         target = pick(plan.targets, self._phase) + self._bias
         opening = pick(plan.openings, self._phase)
         yaw = pick(plan.yaws, self._phase) if plan.yaws is not None else torch.zeros_like(opening)
@@ -105,12 +106,16 @@ class ScriptedExpert:
         self._dwell += num_steps
         return torch.stack(actions, dim=1)
 
-    def _advance(self, done: Tensor, dwell: Sequence[int] | None) -> None:
-        """Go to the next phase where the present one's goal is reached and it has lasted long enough."""
-        finished = pick(done, self._phase)
-        if dwell is not None:
-            finished = finished & (self._dwell >= torch.tensor(dwell, device=self._dwell.device)[self._phase])
-        finished = finished & (self._phase < done.shape[1] - 1)
+    def _arrived_beside(self, plan: Plan) -> Tensor:
+        """bool [N]: a clumsy expert takes its own, shifted waypoint for the right one when it is there."""
+        gap = pick(plan.targets, self._phase) + self._bias - self._env.view.tip_pos
+        return (torch.linalg.vector_norm(gap, dim=1) < _ARRIVED) & (self._bias != 0).any(dim=1)
+
+    def _advance(self, finished: Tensor, plan: Plan) -> None:
+        """Go to the next phase where the present one is finished and has lasted long enough."""
+        if plan.dwell is not None:
+            finished = finished & (self._dwell >= torch.tensor(plan.dwell, device=self._dwell.device)[self._phase])
+        finished = finished & (self._phase < plan.done.shape[1] - 1)
         self._phase += finished
         self._dwell = torch.where(finished, 0, self._dwell)
 
