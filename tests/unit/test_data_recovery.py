@@ -2,16 +2,15 @@
 
 import os
 import random
+import resource
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.unit.killable import Killable
 from vla_rl.core import CameraSpec
 from vla_rl.data import lerobot_format
 from vla_rl.data.lerobot_format import DatasetSpec
@@ -20,22 +19,6 @@ from vla_rl.data.lerobot_writer import DatasetWriteError, LeRobotWriter
 
 torch.set_num_threads(1)
 SPEC = DatasetSpec(20, ("x", "y"), ("dx",), {"agent": CameraSpec(16, 16)}, "test_arm")
-
-WRITER = textwrap.dedent("""
-    import sys, torch
-    torch.set_num_threads(1)
-    sys.path.insert(0, {tests!r})
-    from test_data_recovery import SPEC, add
-    from vla_rl.data.lerobot_writer import LeRobotWriter
-    path, commit, num = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    {setup}
-    writer = LeRobotWriter.open(path, SPEC, episodes_per_commit=commit, file_mb=0.02)
-    for seed in range(writer.num_episodes, num):
-        add(writer, seed)
-        print(seed, flush=True)
-    writer.close()
-    print("complete", flush=True)
-""")
 
 
 def content(seed: int) -> dict:
@@ -56,15 +39,22 @@ def add(writer, seed: int) -> None:
     writer.add_episode(**content(seed))
 
 
-def start(path, commit: int, num: int, setup: str = "") -> subprocess.Popen:
-    script = WRITER.format(tests=os.path.dirname(__file__), setup=setup)
-    return subprocess.Popen(
-        [sys.executable, "-c", script, str(path), str(commit), str(num)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def write_episodes(path: str, commit: int, num: int, file_limit: int = 0) -> None:
+    """What the killed process does: go on with the dataset up to `num` episodes, saying the number of each."""
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    writer = LeRobotWriter.open(path, SPEC, episodes_per_commit=commit, file_mb=0.02)
+    for seed in range(writer.num_episodes, num):
+        add(writer, seed)
+        print(seed, flush=True)
+    writer.close()
+    print("complete", flush=True)
+
+
+@pytest.fixture(scope="module")
+def killable(tmp_path_factory):
+    with Killable(__file__, tmp_path_factory.mktemp("killable")) as processes:
+        yield processes
 
 
 def check_whole(path, at_least: int) -> int:
@@ -83,30 +73,27 @@ def check_whole(path, at_least: int) -> int:
 
 
 @pytest.mark.parametrize("commit", [1, 3])
-def test_kill_at_random_moments_loses_no_committed_episode(tmp_path, commit):
+def test_kill_at_random_moments_loses_no_committed_episode(tmp_path, killable, commit):
     """The writer is killed at random moments; each time the dataset opens and holds what the writer said."""
-    path, num, rng = tmp_path / "set", 120, random.Random(commit)
+    path, num, rng = tmp_path / "set", 70, random.Random(commit)
     kills = committed = 0
-    for _ in range(40):
-        process = start(path, commit, num)
-        line = process.stdout.readline()  # the first episode of this run is in: the writer is at full speed
-        said, complete = [line], line.startswith("complete")
-        if not complete and kills < 4:
-            time.sleep(rng.uniform(0.0, 0.12))
-            process.send_signal(signal.SIGKILL)
+    complete = False
+    while not complete:
+        killable.start("write_episodes", str(path), commit, num)
+        if kills < 6:
+            killable.wait_for_line()  # the first episode of this run is in: the writer is at full speed
+            time.sleep(rng.uniform(0.0, 0.08))
+            killable.kill()
             kills += 1
-        rest, error = process.communicate(timeout=60)
-        said += rest.splitlines()
-        complete = "complete" in rest or complete
-        assert complete or process.returncode == -signal.SIGKILL, error
-        numbers = [int(s) for s in said if s.strip().isdigit()]
+        code, said = killable.wait(), killable.output().splitlines()
+        complete = "complete" in said
+        assert complete or code == -signal.SIGKILL, said
+        numbers = [int(line) for line in said if line.isdigit()]
         # what was said before the kill is committed, but for the last commit's worth
-        at_least = max(committed, max(numbers, default=-1) + 1 - (commit - 1)) if not complete else num
+        at_least = num if complete else max(committed, max(numbers, default=-1) + 1 - (commit - 1))
         committed = check_whole(path, at_least)
-        if complete:
-            break
     assert committed == num
-    assert kills == 4
+    assert kills >= 4
     rows = sum(pq.read_metadata(f).num_rows for f in path.glob("data/*/*.parquet"))
     assert rows == LeRobotDataset(path).num_frames  # nothing uncommitted is left in the files
 
@@ -149,17 +136,16 @@ def test_a_commit_stopped_before_any_of_its_file_replacements(tmp_path, monkeypa
     assert not list(path.rglob("*.part"))
 
 
-def test_full_disk_is_a_clear_error_and_keeps_what_is_committed(tmp_path):
-    """RLIMIT_FSIZE is a disk that fills in the middle of a data file; a second writer then goes on."""
+def test_full_disk_is_a_clear_error_and_keeps_what_is_committed(tmp_path, killable):
+    """RLIMIT_FSIZE is a disk that fills in the middle of a file; a second writer then goes on."""
     path = tmp_path / "set"
-    setup = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
-    process = start(path, 1, 400, setup)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "DatasetWriteError" in error
-    said = [int(line) for line in out.split() if line.isdigit()]
-    assert f"{len(said)} episodes" in error
-    assert "are committed and intact" in error
+    killable.start("write_episodes", str(path), 1, 400, 60_000)
+    assert killable.wait() == 1
+    output = killable.output()
+    assert "DatasetWriteError" in output
+    said = [int(line) for line in output.splitlines() if line.isdigit()]
+    assert f"{len(said)} episodes" in output
+    assert "are committed and intact" in output
     assert len(said) >= 3
     assert check_whole(path, len(said)) == len(said)
     assert not list(path.rglob("*.part"))
