@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +66,8 @@ class ActionExpert(nn.Module):
         step_mask = None if step_mask is None or _all_true(step_mask) else step_mask
         mask = attention_mask(prefix_mask, step_mask, prefix.tokens.shape[1], x_t.shape[1])
         x = self.action_in(x_t) + self.position
-        for block in self.blocks:
-            x = block(x, block.attention.project_context(prefix.tokens), condition, mask)
+        for block in cast(Iterable[AdaptiveTransformerBlock], self.blocks):
+            x = block(x, block.project_context(prefix.tokens), condition, mask)
         hidden, _ = self.norm(x, condition)
         return VelocityOutput(self.action_out(hidden).float(), hidden.float())
 

@@ -83,6 +83,10 @@ class AdaptiveTransformerBlock(nn.Module):
         self.feed_forward_norm = AdaptiveRMSNorm(width, condition_width)
         self.feed_forward = FeedForward(width, hidden_width)
 
+    def project_context(self, context: Tensor) -> PrefixKV:
+        """`context [N, T, context_width]` -> what `forward` takes as `prefix`."""
+        return self.attention.project_context(context)
+
     def forward(self, x: Tensor, prefix: PrefixKV, condition: Tensor, mask: Tensor | None = None) -> Tensor:
         """`x [N, L, width]`, `condition [N, condition_width]`; `prefix` and `mask` as in `Attention.forward`."""
         normed, gate = self.attention_norm(x, condition)

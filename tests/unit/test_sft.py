@@ -16,7 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from vla_rl.core import Observation
+from vla_rl.core import CameraSpec, Observation
+from vla_rl.data.chunks import ChunkDataset
+from vla_rl.data.lerobot_format import DatasetSpec
+from vla_rl.data.lerobot_reader import LeRobotDataset
+from vla_rl.data.lerobot_writer import LeRobotWriter
 from vla_rl.policies.blocks.expert import ActionExpertConfig
 from vla_rl.policies.checkpoints.native import load_policy
 from vla_rl.policies.flow_mlp import FlowMLP, FlowMLPConfig
@@ -28,7 +32,7 @@ from vla_rl.train.divergence import DivergenceError
 from vla_rl.train.ema import Ema
 from vla_rl.train.interrupt import StopOnInterrupt
 from vla_rl.train.metrics import read_metrics
-from vla_rl.train.sft import DIVERGED_FILE, STATE_FILE, SFTConfig, SupervisedTrainer, run_sft
+from vla_rl.train.sft import DIVERGED_FILE, STATE_FILE, DatasetSampler, SFTConfig, SupervisedTrainer, run_sft
 
 torch.set_num_threads(1)
 
@@ -306,6 +310,32 @@ def test_errors(tmp_path):
     for bad in ({"num_updates": 0}, {"learning_rate": 0.0}, {"warmup_updates": 12}):
         with pytest.raises(ValueError, match="SFTConfig"):
             dataclasses.replace(CONFIG, **bad)
+
+
+def test_a_dataset_on_disk_is_fitted(tmp_path):
+    """From LeRobot episodes through chunks to a policy; the sampler goes on where its state was taken."""
+    spec = DatasetSpec(20.0, ("x", "y"), ("dx", "dy"), {"agent": CameraSpec(32, 32)}, robot_type="test")
+    writer = LeRobotWriter.open(tmp_path / "demos", spec)
+    demonstrations = Demonstrations()
+    for i in range(4):
+        rows = slice(8 * i, 8 * i + 8)
+        writer.add_episode(
+            state=demonstrations.state[rows],
+            action=demonstrations.actions[rows, 0],
+            images={"agent": demonstrations.images[rows]},
+            reward=torch.zeros(8),
+            success=torch.zeros(8, dtype=torch.bool),
+            instruction="move along",
+        )
+    writer.close()
+    chunks = ChunkDataset(LeRobotDataset(tmp_path / "demos"), 4)
+    sampler = DatasetSampler(chunks, 16, seed=0)
+    result = run_sft(tiny(), sampler, CONFIG, tmp_path / "run", tensorboard=False)
+    assert result.finished
+    other = DatasetSampler(chunks, 16, seed=7)
+    other.load_state_dict(sampler.state_dict())
+    for a, b in zip(sampler.batch()[1:], other.batch()[1:], strict=True):
+        assert torch.equal(a, b)
 
 
 # ------------------------------------------------------------------------------------------------------ augmentation

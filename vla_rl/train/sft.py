@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_rl.core import EnvSpec, Observation
+from vla_rl.data.chunks import ChunkDataset, EpochSampler
 from vla_rl.policies.checkpoints.native import save_policy
 from vla_rl.protocols import HasFeatures, HasSupervisedLoss, PolicyInputs, require, trainable_parameters
 from vla_rl.train.augmentation import AugmentationConfig, augment
@@ -40,6 +41,24 @@ class BatchSampler(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class DatasetSampler:
+    """Shuffled batches of a `ChunkDataset`, as `run_sft` wants them."""
+
+    def __init__(self, dataset: ChunkDataset, batch_size: int, seed: int) -> None:
+        self._dataset = dataset
+        self._order = EpochSampler(len(dataset), batch_size, seed)
+
+    def batch(self) -> tuple[Observation, Tensor, Tensor]:
+        chunk = self._dataset.batch(self._order.next())
+        return chunk.obs, chunk.actions, chunk.mask
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._order.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._order.load_state_dict(state)
 
 
 @dataclass(frozen=True)
