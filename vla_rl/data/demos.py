@@ -94,6 +94,21 @@ class _DemoCollector:
     def num_written(self) -> int:
         return self.writer.num_episodes + self.writer.num_pending
 
+    def run(self, shown: _Progress) -> None:
+        while self.num_written < self.num_episodes:
+            self.start_episodes()
+            if not self.running:
+                self.writer.commit()
+                raise DatasetError(
+                    f"the {len(self.seeds)} seeds are used up with {self.writer.num_episodes} of {self.num_episodes} "
+                    f"episodes recorded (keep={self.keep!r}); give more seeds and call again"
+                )
+            self.step()
+            self.write_finished()
+            shown.show(self.num_written, self.num_attempts, self.num_successes)
+        self.writer.commit()
+        shown.show(self.num_written, self.num_attempts, self.num_successes, last=True)
+
     def start_episodes(self) -> None:
         """Start the next seeds in idle environments, no more than can still be needed."""
         waiting = sum(self.keep == "all" or r.success for r in self.finished.values())
@@ -226,19 +241,7 @@ def collect_demos(
     ) as writer:
         collector = _DemoCollector(env, expert, writer, num_episodes, seeds, keep, on_reset)
         shown = _Progress(progress, num_episodes, writer.num_episodes)
-        while collector.num_written < num_episodes:
-            collector.start_episodes()
-            if not collector.running:
-                writer.commit()
-                raise DatasetError(
-                    f"the {len(seeds)} seeds are used up with {writer.num_episodes} of {num_episodes} episodes "
-                    f"recorded (keep={keep!r}); give more seeds and call again"
-                )
-            collector.step()
-            collector.write_finished()
-            shown.show(collector.num_written, collector.num_attempts, collector.num_successes)
-        writer.commit()
-        shown.show(collector.num_written, collector.num_attempts, collector.num_successes, last=True)
+        collector.run(shown)
         return DemoSummary(
             path=Path(path),
             num_episodes=writer.num_episodes,

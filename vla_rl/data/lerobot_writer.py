@@ -166,8 +166,6 @@ class LeRobotWriter:
             "index": np.arange(start, start + t),
             "task_index": np.full(t, task_index),
         }
-        pictures = {fmt.IMAGES + camera: images[camera] for camera in self.spec.cameras}
-        as_video = self.spec.image_format == "mp4"
         row = {
             "episode_index": index,
             "tasks": [instruction],
@@ -176,18 +174,23 @@ class LeRobotWriter:
             "dataset_to_index": start + t,
             **{fmt.EXTRA + key: value for key, value in extra.items()},
         }
-        self._pending.append(
-            _PendingEpisode(
-                row=row,
-                frames=_frame_table(self._schema, numbers, {} if as_video else pictures),
-                videos={key: encode_mp4(x, self.spec.fps) for key, x in pictures.items()} if as_video else {},
-                numbers=numbers,
-                image_stats={key: image_stats(x) for key, x in pictures.items()},
-            )
-        )
+        self._pending.append(self._encode(row, numbers, images))
         if len(self._pending) >= self._episodes_per_commit:
             self.commit()
         return index
+
+    def _encode(
+        self, row: dict[str, Any], numbers: dict[str, np.ndarray], images: Mapping[str, Tensor]
+    ) -> _PendingEpisode:
+        pictures = {fmt.IMAGES + camera: images[camera] for camera in self.spec.cameras}
+        as_video = self.spec.image_format == "mp4"
+        return _PendingEpisode(
+            row=row,
+            frames=_frame_table(self._schema, numbers, {} if as_video else pictures),
+            videos={key: encode_mp4(x, self.spec.fps) for key, x in pictures.items()} if as_video else {},
+            numbers=numbers,
+            image_stats={key: image_stats(x) for key, x in pictures.items()},
+        )
 
     def commit(self) -> None:
         """Make all added episodes safe on disk. Raises DatasetWriteError where the disk refuses; then nothing that was
