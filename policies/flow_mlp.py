@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from vla_rl.core import ActionChunk, Observation
+from vla_rl.data.normalization import Normalizer
 from vla_rl.flow.sampling import ode
+from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig, flow_matching_loss
+from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
 from vla_rl.protocols import PolicyInputs, Prefix, VelocityOutput
 
 
@@ -24,6 +26,7 @@ class FlowMLPConfig:
     num_layers: int = 3
     time_dim: int = 16
     num_steps: int = 4
+    flow_matching: FlowMatchingConfig = field(default_factory=lambda: FlowMatchingConfig("uniform", num_draws=1))
 
     def __post_init__(self) -> None:
         if self.time_dim % 2:
@@ -51,24 +54,20 @@ class FlowMLP(nn.Module):
         frequency = torch.pi * 2.0 ** torch.linspace(0.0, 4.0, config.time_dim // 2)
         self.register_buffer("_frequency", frequency, persistent=False)
         self.register_buffer("_position", torch.eye(config.action_horizon), persistent=False)
-        for name, size in (("state", config.state_dim), ("action", config.action_dim)):
-            self.register_buffer(f"{name}_shift", torch.zeros(size))
-            self.register_buffer(f"{name}_scale", torch.ones(size))
+        self.state_normalizer = NormalizerBuffers(config.state_dim)
+        self.action_normalizer = NormalizerBuffers(config.action_dim)
 
-    def set_normalization(self, statistics: Mapping[str, Tensor]) -> None:
-        """Store `state_shift`, `state_scale`, `action_shift`, `action_scale`: normalised = (value - shift) / scale."""
-        for name, value in statistics.items():
-            buffer = self.get_buffer(name)
-            if value.shape != buffer.shape:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(buffer.shape)}")
-            if name.endswith("scale") and not bool((value > 0).all()):
-                raise ValueError(f"{name} must be positive; use 1 for a value that never changes")
-            buffer.copy_(value)
+    def set_normalization(self, state: Normalizer, action: Normalizer) -> None:
+        """Normalisers of the state [S] and of one control step's action [A], from the demonstrations' statistics."""
+        self.state_normalizer.set(state)
+        self.action_normalizer.set(action)
 
     def preprocess(self, obs: Observation) -> PolicyInputs:
-        state = obs.state.to(self.state_shift)
-        tokens = torch.zeros(len(obs), 0, dtype=torch.int64, device=state.device)
-        return PolicyInputs({}, tokens, (state - self.state_shift) / self.state_scale)
+        """Normalise the state. Raises ValueError where its size is another one."""
+        if obs.state.shape[1] != self.config.state_dim:
+            raise ValueError(f"the policy needs state [N, {self.config.state_dim}], got {tuple(obs.state.shape)}")
+        state = self.state_normalizer.normalize(obs.state.to(self.input.weight.device))
+        return PolicyInputs({}, torch.zeros(len(obs), 0, dtype=torch.int64, device=state.device), state)
 
     def encode(self, inputs: PolicyInputs) -> Prefix:
         mask = torch.ones(len(inputs), 1, dtype=torch.bool, device=inputs.state.device)
@@ -87,10 +86,10 @@ class FlowMLP(nn.Module):
         return VelocityOutput(velocity, torch.cat([hidden[:, None].expand(-1, self.action_horizon, -1), step], dim=2))
 
     def normalize_actions(self, actions: Tensor) -> Tensor:
-        return (actions - self.action_shift) / self.action_scale
+        return self.action_normalizer.normalize(actions)
 
     def unnormalize_actions(self, actions: Tensor) -> Tensor:
-        return actions * self.action_scale + self.action_shift
+        return self.action_normalizer.unnormalize(actions)
 
     @torch.no_grad()
     def act(self, obs: Observation, noise: Tensor) -> ActionChunk:
@@ -101,11 +100,10 @@ class FlowMLP(nn.Module):
     def supervised_loss(
         self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Flow matching, [N]: E ||v(x_t, t) - (noise - action)||^2, t uniform, mean over real steps and dimensions."""
-        t = torch.rand(len(actions), generator=generator, device=actions.device, dtype=actions.dtype)
-        noise = torch.randn(actions.shape, generator=generator, device=actions.device, dtype=actions.dtype)
-        time = t[:, None, None]
-        velocity = self.velocity(self.encode(inputs), time * noise + (1.0 - time) * actions, t).velocity
-        error = ((velocity - (noise - actions)) ** 2).mean(dim=2)
-        weight = mask.to(error.dtype)
-        return (error * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
+        """Flow matching: see `flow_matching_loss`. [N]."""
+        prefix, draws = self.encode(inputs), self.config.flow_matching.num_draws
+        if draws > 1:
+            prefix = prefix.select(torch.arange(len(inputs), device=actions.device).repeat(draws))
+        return flow_matching_loss(
+            lambda x_t, t: self.velocity(prefix, x_t, t).velocity, actions, mask, self.config.flow_matching, generator
+        )

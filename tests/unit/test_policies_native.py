@@ -61,7 +61,7 @@ def policies():
         for parameter in policy.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
     flow = FlowMLP(FlowMLPConfig(3, 2))
-    flow.state_scale.fill_(0.3)
+    flow.state_normalizer.scale.fill_(0.3)
     return [tiny, gaussian, flow]
 
 
