@@ -1,9 +1,11 @@
 """Schedules and transition kernels against closed forms: identities, step stds, point mass, Gaussian, mixture."""
 
+import itertools
 import math
 
 import pytest
 import torch
+
 from vla_rl.flow import FlowSamplerConfig, data_estimate, kernel_table, noise_estimate, ode, sample_chain
 from vla_rl.flow.sampling import draw_step_index
 
@@ -201,7 +203,7 @@ def test_gaussian_hybrid_at_four_steps():
 @pytest.mark.parametrize("kernel", ["ode", "ou"])
 def test_error_halves_when_the_steps_double(kernel):
     errors = [abs(gaussian_terminal(kernel, k, 0.5)[1] / 0.5 - 1) for k in (100, 200, 400, 800)]
-    for coarse, fine in zip(errors[:-1], errors[1:], strict=True):
+    for coarse, fine in itertools.pairwise(errors):
         assert 0.9 <= math.log2(coarse / fine) <= 1.1
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+
 from vla_rl.flow import FlowSamplerConfig, FlowTrace, NoiseHead, chain_kl, gaussian_kl, k3_divergence, log_prob, ode
 from vla_rl.flow.likelihood import gaussian_entropy
 from vla_rl.flow.sampling import sample_chain
