@@ -11,6 +11,7 @@ from tests.contract.gym_env import DriftEnv
 from tests.contract.scripted_env import ScriptedEnv
 from vla_rl.envs.gym import GymStepEnv
 from vla_rl.envs.tabletop import TabletopConfig, TabletopEnv
+from vla_rl.envs.two_way_reach import TwoWayReachEnv
 from vla_rl.protocols import StepEnv
 
 
@@ -37,4 +38,5 @@ ENVIRONMENTS: dict[str, Callable[[int], StepEnv]] = {
     "gym_async": _gym(AutoresetMode.SAME_STEP, AsyncVectorEnv),
     "tabletop": _tabletop("ee_delta_yaw"),
     "tabletop_joint": _tabletop("joint_delta"),
+    "two_way_reach": TwoWayReachEnv,
 }

@@ -83,7 +83,7 @@ def test_euler_maruyama_is_the_flow_grpo_step():
 
 
 def test_c1_convention_gives_the_same_chain():
-    """tau = 1 - t and v -> -v: dx = [v - sigma^2/(2(1-tau)) (x - tau v)] dtau + sigma dW, sigma = a sqrt((1-tau)/tau)."""
+    """tau = 1 - t, v -> -v: dx = [v - sigma^2/(2(1-tau)) (x - tau v)] dtau + sigma dW, sigma^2 = a^2 (1-tau)/tau."""
     a, num_steps, c = 0.5, 6, 0.3
     x_1 = torch.randn(64, 3, 2, dtype=torch.float64, generator=generator())
     config = FlowSamplerConfig(num_steps=num_steps, mode="full", noise_level=a)

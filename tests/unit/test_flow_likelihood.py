@@ -1,4 +1,4 @@
-"""Likelihoods of denoising chains: replay, martingale, score identity, finite differences, policy gradients, locality."""
+"""Likelihoods of denoising chains: replay, martingale, score identity, differences, policy gradients, locality."""
 
 import math
 from dataclasses import replace

@@ -58,7 +58,7 @@ def test_against_the_quadratic_reference(seed, steps, gae_lambda):
 
 
 def test_lambda_one_is_the_discounted_return_and_chunks_do_not_matter():
-    """An episode of 6 steps with chunks of 2 has the advantages of the same episode with chunks of 1 at its decisions."""
+    """An episode in chunks of 2 has, at its decisions, the advantages of the same episode in chunks of 1."""
     rewards = torch.tensor([0.0, 1.0, -0.5, 2.0, 0.0, 3.0])
     found = {}
     for k in (1, 2, 3):

@@ -303,7 +303,7 @@ def test_divergence_is_raised_before_parameters_change(poison):
     "options", [{"clip": 0.0}, {"dual_clip": 0.5}, {"num_epochs": 0}, {"entropy_coef": -1.0}, {"bc_coef": -1.0}]
 )
 def test_bad_options(options):
-    with pytest.raises(ValueError, match="expected|at least"):
+    with pytest.raises(ValueError, match=r"expected|at least"):
         ActorConfig(**options)
 
 
