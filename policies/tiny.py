@@ -29,7 +29,8 @@ from vla_rl.protocols import PolicyInputs, Prefix, VelocityOutput
 class TinyVLAConfig:
     """`cameras`: names in the observation, in order. `image_size`: pictures are resized to it, in pixels.
 
-    `tokens_per_camera` tokens with `heads_per_token` heat maps each are read from a picture. `num_steps`: Euler steps
+    `tokens_per_camera` tokens with `heads_per_token` heat maps each are read from a picture:
+    coordinates, and `value_channels` features, which need thousands of pictures. `num_steps`: Euler steps
     of the deployed ODE. `max_text_tokens`: bytes of the longest sentence, plus two.
     """
 
@@ -44,6 +45,7 @@ class TinyVLAConfig:
     vision_blocks: int = 3
     tokens_per_camera: int = 4
     heads_per_token: int = 2
+    value_channels: int = 0
     text_width: int = 64
     text_tokens: int = 2
     max_text_tokens: int = 160
@@ -74,6 +76,7 @@ class TinyEncoder(nn.Module):
                 num_tokens=config.tokens_per_camera,
                 heads=config.heads_per_token,
                 out_width=width,
+                value_channels=config.value_channels,
             )
             for _ in config.cameras
         )

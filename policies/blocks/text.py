@@ -14,6 +14,9 @@ from vla_rl.policies.blocks.transformer import RMSNorm, TransformerBlock
 PAD, BEGIN, END = 0, 1, 2
 _NUM_SPECIAL = 3
 VOCABULARY_SIZE = 256 + _NUM_SPECIAL
+_SPACE = 32 + _NUM_SPECIAL
+_HASH_BASE, _HASH_MODULUS = 1_000_003, 2**31 - 1
+_NUM_WORD_BUCKETS = 2048
 
 
 @lru_cache(maxsize=65536)
@@ -45,11 +48,33 @@ def detokenize_bytes(tokens: Tensor) -> str:
     return bytes(t - _NUM_SPECIAL for t in tokens.tolist() if t >= _NUM_SPECIAL).decode()
 
 
+@lru_cache(maxsize=64)
+def _hash_powers(length: int) -> Tensor:
+    return torch.tensor([pow(_HASH_BASE, i, _HASH_MODULUS) for i in range(length)], dtype=torch.int64)
+
+
+def word_hashes(tokens: Tensor, num_buckets: int) -> Tensor:
+    """For each byte of `tokens` int64 [N, T], the bucket in [0, num_buckets) of the word that it belongs to.
+
+    A word is a run of bytes between spaces; equal words have equal buckets wherever they stand (a polynomial hash).
+    """
+    n, length = tokens.shape
+    position = torch.arange(length, device=tokens.device).expand(n, length)
+    gap = (tokens == _SPACE) | (tokens < _NUM_SPECIAL)
+    word = gap.cumsum(dim=1)
+    start = torch.where(gap, position + 1, 0).cummax(dim=1).values
+    powers = _hash_powers(length).to(tokens.device)
+    term = torch.where(gap, 0, tokens * powers[(position - start).clamp_min(0)])
+    total = torch.zeros(n, length + 1, dtype=torch.int64, device=tokens.device).scatter_add_(1, word, term)
+    return total.gather(1, word) % _HASH_MODULUS % num_buckets
+
+
 class TextEncoder(nn.Module):
     """Bytes -> features of the whole sentence.
 
-    Two convolutions make something like words out of bytes, one transformer block relates them, learned queries and a
-    maximum read them. Rows that are equal are computed once: a batch has far fewer sentences than samples.
+    Each byte knows its position and the hash of its word, so that a colour's name is one vector from the first update
+    on; two convolutions add spelling, one transformer block relates words, learned queries and a maximum read them.
+    Rows that are equal are computed once: a batch has far fewer sentences than samples.
     """
 
     def __init__(
@@ -57,6 +82,7 @@ class TextEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY_SIZE, width, padding_idx=PAD)
+        self.words = nn.Embedding(_NUM_WORD_BUCKETS, width)
         self.position = nn.Parameter(0.02 * torch.randn(max_text_tokens, width))
         self.convolutions = nn.ModuleList(nn.Conv1d(width, width, 5, padding=2) for _ in range(2))
         self.block = TransformerBlock(width, num_heads, 2 * width)
@@ -75,7 +101,8 @@ class TextEncoder(nn.Module):
     def _encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         counts = (tokens != PAD).unsqueeze(-1)
         counts[:, 0] = True  # an empty row still has one token to look at
-        x = torch.where(counts, self.embedding(tokens) + self.position[: tokens.shape[1]], 0.0)
+        words = self.words(word_hashes(tokens, _NUM_WORD_BUCKETS))
+        x = torch.where(counts, self.embedding(tokens) + words + self.position[: tokens.shape[1]], 0.0)
         for convolution in self.convolutions:
             y = functional.silu(convolution(x.transpose(1, 2)).transpose(1, 2))
             x = torch.where(counts, x + y, 0.0)

@@ -8,7 +8,7 @@ import torch
 from vla_rl.policies.blocks.attention import Attention, attention_mask
 from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig, draw_flow_time, flow_matching_loss, masked_mean
 from vla_rl.policies.blocks.heads import mlp
-from vla_rl.policies.blocks.text import PAD, TextEncoder, detokenize_bytes, tokenize_bytes
+from vla_rl.policies.blocks.text import PAD, TextEncoder, detokenize_bytes, tokenize_bytes, word_hashes
 from vla_rl.policies.blocks.time_embedding import time_embedding
 from vla_rl.policies.blocks.transformer import AdaptiveRMSNorm, AdaptiveTransformerBlock, RMSNorm
 from vla_rl.policies.blocks.vision import ImageEncoder, SpatialAttentionPool, pixel_coordinates
@@ -171,19 +171,31 @@ def test_pixel_coordinates():
 
 def test_spatial_attention_finds_the_peak():
     """A feature map with one bright cell and a query along it: the read coordinates are those of the cell."""
-    pool = SpatialAttentionPool(4, 3, num_tokens=1, heads=1, out_width=6)
+    pool = SpatialAttentionPool(4, 3, num_tokens=1, heads=1, out_width=2)
     with torch.no_grad():
         pool.base_queries.copy_(torch.tensor([[1.0, 0, 0, 0]]))
         torch.nn.init.zeros_(pool.text_queries.weight)
         torch.nn.init.zeros_(pool.text_queries.bias)
         pool.log_sharpness.fill_(math.log(20.0))
-        pool.out.weight.copy_(torch.eye(6))
+        pool.out.weight.copy_(torch.eye(2))
         torch.nn.init.zeros_(pool.out.bias)
         features = torch.zeros(2, 4, 5, 5)
         features[0, 0, 1, 3] = 1.0
         features[1, 0, 4, 0] = 1.0
         out = pool(features, torch.zeros(2, 3))
-    torch.testing.assert_close(out[:, 0, 4:], torch.tensor([[0.5, -0.5], [-1.0, 1.0]]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(out[:, 0], torch.tensor([[0.5, -0.5], [-1.0, 1.0]]), atol=1e-4, rtol=0)
+
+
+def test_spatial_attention_reads_features_where_it_looks():
+    """With value channels, what is read is the mean of the projected features under the same heat map."""
+    torch.manual_seed(0)
+    pool = SpatialAttentionPool(4, 3, num_tokens=2, heads=3, out_width=7, value_channels=5)
+    features, condition = torch.randn(2, 4, 3, 3), torch.randn(2, 3)
+    keys = pool.norm(features).flatten(2)
+    queries = pool.base_queries + pool.text_queries(condition).view(2, 6, 4)
+    weights = torch.einsum("nqc,ncp->nqp", queries * pool.log_sharpness.exp(), keys).softmax(-1)
+    read = torch.cat([weights @ pixel_coordinates(3, 3), weights @ pool.values(keys.transpose(1, 2))], dim=-1)
+    torch.testing.assert_close(pool(features, condition), pool.out(read.view(2, 2, 21)))
 
 
 @pytest.mark.parametrize(("size", "grid"), [(64, 16), (96, 12), (128, 16), (224, 14)])
@@ -258,3 +270,15 @@ def test_masked_mean_and_config_errors():
         FlowMatchingConfig(num_draws=0)
     with pytest.raises(ValueError, match="time_distribution"):
         FlowMatchingConfig(time_distribution="normal")
+
+
+def test_word_hashes_know_words_wherever_they_stand():
+    tokens = tokenize_bytes(["go to the red cube", "red cube now", "cube"], 24)
+    hashes = word_hashes(tokens, 2048)
+    red, cube = int(hashes[1, 1]), int(hashes[1, 5])
+    assert red != cube
+    assert hashes[0, 11:14].tolist() == [red] * 3
+    assert hashes[0, 15:19].tolist() == [cube] * 4
+    assert hashes[2, 1:5].tolist() == [cube] * 4
+    names = ["red", "green", "blue", "yellow", "orange", "purple", "block", "cube", "push", "onto", "the", "into"]
+    assert len({int(h) for h in word_hashes(tokenize_bytes(names, 10), 2048)[:, 1]}) == len(names)

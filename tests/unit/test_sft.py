@@ -381,3 +381,12 @@ def test_augment_is_off_by_default_and_deterministic():
     assert not torch.equal(a.images["agent"], inputs.images["agent"])
     with pytest.raises(ValueError, match="AugmentationConfig"):
         AugmentationConfig(brightness=1.0)
+
+
+def test_state_dropout_blanks_whole_rows():
+    inputs = PolicyInputs({}, torch.zeros(2000, 1).long(), torch.ones(2000, 2))
+    state = augment(inputs, AugmentationConfig(state_dropout=0.3), torch.Generator().manual_seed(0)).state
+    assert torch.equal(state[:, 0], state[:, 1])
+    assert abs(float((state[:, 0] == 0).float().mean()) - 0.3) < 0.03
+    with pytest.raises(ValueError, match="state_dropout"):
+        AugmentationConfig(state_dropout=1.0)

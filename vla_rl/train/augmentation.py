@@ -1,4 +1,4 @@
-"""Random changes of pictures during supervised fine-tuning, one draw for each picture."""
+"""Random changes of inputs during supervised fine-tuning, one draw for each sample."""
 
 from __future__ import annotations
 
@@ -17,23 +17,28 @@ class AugmentationConfig:
     `shift_pixels`: each picture moves by up to so many pixels in each direction, its border repeated. A shift moves the
     objects and not the action, so it costs precision: one pixel of a 64-pixel view of a metre is 1.6 cm.
     `brightness`, `contrast`: half widths of the factors' range around 1; hue stays because sentences name colours.
+    `state_dropout`: the share of samples whose normalised state becomes zero. In demonstrations the way already covered
+    tells where the expert goes, so a policy can fit them without looking; without a state it has to look.
     """
 
     shift_pixels: int = 0
     brightness: float = 0.0
     contrast: float = 0.0
+    state_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.shift_pixels < 0 or not 0.0 <= self.brightness < 1.0 or not 0.0 <= self.contrast < 1.0:
             raise ValueError(f"AugmentationConfig: need shift_pixels >= 0, brightness and contrast in [0, 1): {self}")
+        if not 0.0 <= self.state_dropout < 1.0:
+            raise ValueError(f"AugmentationConfig: state_dropout must lie in [0, 1), got {self.state_dropout}")
 
     @property
     def is_off(self) -> bool:
-        return self.shift_pixels == 0 and self.brightness == 0.0 and self.contrast == 0.0
+        return self == AugmentationConfig()
 
 
 def augment(inputs: PolicyInputs, config: AugmentationConfig, generator: torch.Generator) -> PolicyInputs:
-    """`inputs` with changed pictures, uint8 as before. Draws nothing where the configuration is off."""
+    """`inputs` with changed pictures (uint8 as before) and states. Draws nothing where the configuration is off."""
     if config.is_off:
         return inputs
     images = dict(inputs.images)
@@ -42,7 +47,11 @@ def augment(inputs: PolicyInputs, config: AugmentationConfig, generator: torch.G
             images[camera] = random_shift(images[camera], config.shift_pixels, generator)
         if config.brightness or config.contrast:
             images[camera] = random_light(images[camera], config.brightness, config.contrast, generator)
-    return replace(inputs, images=images)
+    state = inputs.state
+    if config.state_dropout:
+        keep = torch.rand(len(inputs), 1, generator=generator, device=generator.device) >= config.state_dropout
+        state = torch.where(keep.to(state.device), state, 0.0)
+    return replace(inputs, images=images, state=state)
 
 
 def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
