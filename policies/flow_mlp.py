@@ -40,6 +40,8 @@ class FlowMLP(nn.Module):
     """
 
     encoder_is_frozen = True
+    _frequency: Tensor
+    _position: Tensor
 
     def __init__(self, config: FlowMLPConfig) -> None:
         super().__init__()

@@ -4,7 +4,7 @@
 
 Each run fits a flow policy to twenty noisy demonstrations, improves it, and evaluates the deployed policy (the ODE) on
 1024 held-out initial states. Writes `summary.json` (rates with intervals) and `curves.jsonl` (a line an iteration).
-Required: every method ends at 0.95 or more; the controls, whose advantages are shuffled, at most 0.08 above their start.
+Required: every method ends at 0.95 or more; the controls, whose advantages are shuffled, at most 0.08 above the start.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class LogProb:
 
 def velocity_of(policy: FlowPolicy | VelocityFunction) -> Callable[[Prefix | None, Tensor, Tensor], VelocityOutput]:
     """The velocity function of a policy; a plain function that returns a velocity tensor serves as well."""
-    function = getattr(policy, "velocity", policy)
+    function: VelocityFunction = getattr(policy, "velocity", policy)
 
     def velocity(prefix: Prefix | None, x: Tensor, flow_time: Tensor) -> VelocityOutput:
         out = function(prefix, x, flow_time)

@@ -104,7 +104,8 @@ class ActorData:
 
 def clipped_loss(ratio: Tensor, advantages: Tensor, clip: Tensor | float, dual_clip: float | None) -> Tensor:
     """Negative PPO objective (arXiv 1707.06347, Eq 7; dual clip arXiv 1912.09729, Eq 5), elementwise."""
-    objective = torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip, 1.0 + clip) * advantages)
+    bound = torch.as_tensor(clip, dtype=ratio.dtype, device=ratio.device)
+    objective = torch.minimum(ratio * advantages, ratio.clamp(1.0 - bound, 1.0 + bound) * advantages)
     if dual_clip is not None:
         objective = torch.where(advantages < 0.0, torch.maximum(objective, dual_clip * advantages), objective)
     return -objective

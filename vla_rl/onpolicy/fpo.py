@@ -1,7 +1,7 @@
 """FPO (arXiv 2507.21053): PPO with the flow-matching loss in the place of the likelihood.
 
-No stochastic sampler is needed: chunks come from the deployed ODE, and exploration from its random start. For each chunk
-M pairs (flow time, noise) are drawn once and kept, and
+No stochastic sampler is needed: chunks come from the deployed ODE, and exploration from its random start. For each
+chunk M pairs (flow time, noise) are drawn once and kept, and
 
     ratio = exp( mean_i loss_old(t_i, noise_i) - mean_i loss(t_i, noise_i) )
 
@@ -12,7 +12,7 @@ It is a surrogate from a lower bound, not a likelihood ratio: 1 at the first epo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,8 +58,7 @@ class FPOTrace:
     def __len__(self) -> int:
         return self.actions.shape[0]
 
-    def _map(self, function: object) -> FPOTrace:
-        assert callable(function)
+    def _map(self, function: Callable[[Tensor], Tensor]) -> FPOTrace:
         return FPOTrace(*(function(x) for x in vars(self).values()))
 
     def select(self, rows: Tensor) -> FPOTrace:

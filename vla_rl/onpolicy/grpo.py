@@ -22,7 +22,7 @@ from vla_rl.rollout.collector import RolloutBatch, RolloutCollector
 @dataclass(frozen=True)
 class GRPOConfig:
     """`group_size`: episodes from one initial state; divides the number of environments. `groups_per_update`: groups
-    with information that an update waits for, and `max_rounds`: how many times all environments are run for them at most.
+    with information that an update waits for, and `max_rounds`: how often all environments run for them at most.
     `gamma`: per control step, of an episode's return. `normalize_std`: divide by the group's standard deviation (as
     published); without it groups near certainty weigh less. `shuffle_advantages`: the negative control."""
 

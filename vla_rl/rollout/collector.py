@@ -103,6 +103,7 @@ class _Window:
     """What one call of `collect` gathers."""
 
     def __init__(self, started: int) -> None:
+        self.features: list[Tensor] = []
         self.prefixes: list[Prefix] = []
         self.inputs: list[PolicyInputs] = []
         self.traces: list[Any] = []
@@ -228,18 +229,20 @@ class RolloutCollector:
         policy = self.sampler.policy
         policy.eval()  # dropout would make the update's ratios noisy
         fresh = not window.traces
-        if self._inputs is None:
-            self._inputs = policy.preprocess(self._observed())
-        if self._prefix is None or (fresh and not policy.encoder_is_frozen):
-            self._prefix = policy.encode(self._inputs)
-        prefix = self._prefix
+        inputs, prefix = self._inputs, self._prefix
+        if inputs is None:
+            inputs = policy.preprocess(self._observed())
+        if prefix is None or (fresh and not policy.encoder_is_frozen):
+            prefix = policy.encode(inputs)
         normalized, trace = self.sampler.sample(prefix, self._generator)
         actions = policy.unnormalize_actions(normalized)[:, : self.execution_horizon]
         step = self.env.step(actions.to(self._observed().state.device))
         window.traces.append(trace)
-        window.prefixes.append(prefix)
-        if not policy.encoder_is_frozen:
-            window.inputs.append(self._inputs)
+        window.features.append(prefix.pooled)
+        if policy.encoder_is_frozen:
+            window.prefixes.append(prefix)
+        else:
+            window.inputs.append(inputs)
         window.steps.append(step)
         self._obs = step.obs
         self._inputs = policy.preprocess(step.obs)
@@ -277,7 +280,7 @@ class RolloutCollector:
 
     def _batch(self, window: _Window) -> RolloutBatch:
         frozen = self.sampler.policy.encoder_is_frozen
-        features = torch.cat([p.pooled for p in window.prefixes])
+        features = torch.cat(window.features)
         device = features.device
         executed = torch.stack(window.executed).to(device)
         empty = torch.zeros(0)
