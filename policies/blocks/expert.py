@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from vla_rl.policies.blocks.attention import attention_mask
 from vla_rl.policies.blocks.heads import mlp
@@ -28,7 +29,13 @@ class ActionExpertConfig:
 
 class ActionExpert(nn.Module):
     """Velocity of a noisy chunk. Steps attend to each other and to the prefix; the flow time and the pooled prefix
-    modulate every norm (adaRMS). The last layer starts at zero, so the first velocity is zero."""
+    modulate every norm (adaRMS).
+
+    The network is preconditioned as in Karras et al. 2022, for this path: velocity = skip(t) x_t + scale(t) F, where
+    skip = (2t - 1) / (t^2 + (1-t)^2) and scale = (t^2 + (1-t)^2)^(-1/2). With F = 0, as it starts, that is the exact
+    velocity for standard normal actions, so that the first gradient already teaches what the observation says about the
+    action; the target of F is ((1-t) noise - t action) * scale, of unit variance.
+    """
 
     def __init__(
         self, config: ActionExpertConfig, *, action_dim: int, action_horizon: int, prefix_width: int, pooled_dim: int
@@ -39,7 +46,7 @@ class ActionExpert(nn.Module):
         self.action_in = nn.Linear(action_dim, width)
         self.position = nn.Parameter(0.02 * torch.randn(action_horizon, width))
         self.time_mlp = mlp(width, [width], width)
-        self.pooled_in = nn.Linear(pooled_dim, width)
+        self.pooled_in = nn.Linear(pooled_dim, 2 * width)
         self.blocks = nn.ModuleList(
             AdaptiveTransformerBlock(
                 width,
@@ -59,17 +66,18 @@ class ActionExpert(nn.Module):
         self, prefix: Prefix, x_t: Tensor, flow_time: Tensor, step_mask: Tensor | None = None
     ) -> VelocityOutput:
         """`x_t [N, H, A]`, `flow_time [N]`; `step_mask` bool [N, H] hides padded steps from the others."""
-        condition = torch.nn.functional.silu(
-            self.time_mlp(time_embedding(flow_time, self.time_width)) + self.pooled_in(prefix.pooled)
-        )
+        pooled_condition, pooled_shift = self.pooled_in(prefix.pooled).chunk(2, dim=-1)
+        condition = silu(self.time_mlp(time_embedding(flow_time, self.time_width)) + pooled_condition)
         prefix_mask = None if _all_true(prefix.mask) else prefix.mask
         step_mask = None if step_mask is None or _all_true(step_mask) else step_mask
         mask = attention_mask(prefix_mask, step_mask, prefix.tokens.shape[1], x_t.shape[1])
-        x = self.action_in(x_t) + self.position
+        scale = (flow_time.square() + (1.0 - flow_time).square()).rsqrt()[:, None, None]
+        x = self.action_in(x_t * scale) + self.position + pooled_shift.unsqueeze(1)
         for block in cast(Iterable[AdaptiveTransformerBlock], self.blocks):
             x = block(x, block.project_context(prefix.tokens), condition, mask)
         hidden, _ = self.norm(x, condition)
-        return VelocityOutput(self.action_out(hidden).float(), hidden.float())
+        skip = (2.0 * flow_time - 1.0)[:, None, None] * scale.square()
+        return VelocityOutput(skip * x_t + scale * self.action_out(hidden).float(), hidden.float())
 
 
 def _all_true(mask: Tensor) -> bool:

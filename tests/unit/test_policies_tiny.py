@@ -97,6 +97,22 @@ def test_every_input_reaches_the_velocity():
         assert float((other - base).abs().amax(dim=(1, 2)).min()) > 1e-4
 
 
+def test_an_untrained_expert_is_exact_for_standard_normal_actions():
+    """The preconditioning: before training, velocity = E[noise - action | x_t] for actions N(0, 1), by sampling."""
+    torch.manual_seed(0)
+    policy = TinyVLA(SMALL)
+    prefix = policy.encode(policy.preprocess(observation(n=1))).detach()
+    for t in (0.1, 0.5, 0.8, 1.0):
+        action, noise = torch.randn(2, 400_000, dtype=torch.float64)
+        x = t * noise + (1 - t) * action
+        slope = float(
+            (x * (noise - action)).mean() / (x * x).mean()
+        )  # both are normal, so the conditional mean is linear
+        x_t = torch.randn(1, 4, 2)
+        velocity = policy.velocity(prefix, x_t, torch.tensor([t])).velocity.detach()
+        torch.testing.assert_close(velocity, slope * x_t, atol=0.02, rtol=0)
+
+
 def test_act_is_deterministic_and_row_by_row():
     """The same noise gives the same bits; a row does not depend on the others of its batch."""
     policy, obs = make(), observation(n=5)
