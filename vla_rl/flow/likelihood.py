@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class LogProb:
 
 def velocity_of(policy: FlowPolicy | VelocityFunction) -> Callable[[Prefix | None, Tensor, Tensor], VelocityOutput]:
     """The velocity function of a policy; a plain function that returns a velocity tensor serves as well."""
-    function: VelocityFunction = getattr(policy, "velocity", policy)
+    function: Any = getattr(policy, "velocity", policy)
 
     def velocity(prefix: Prefix | None, x: Tensor, flow_time: Tensor) -> VelocityOutput:
         out = function(prefix, x, flow_time)
