@@ -173,15 +173,14 @@ class TinyVLA(nn.Module):
     def supervised_loss(
         self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Flow-matching loss [N]; padded steps are hidden from the others and bear no loss."""
+        """Flow-matching loss [N]; padded actions are not read and bear no loss."""
         prefix = self.encode(inputs)
         draws = self.config.flow_matching.num_draws
         repeated = Prefix(
             prefix.tokens.repeat(draws, 1, 1), prefix.mask.repeat(draws, 1), prefix.pooled.repeat(draws, 1)
         )
-        step_mask = mask.repeat(draws, 1)
         return flow_matching_loss(
-            lambda x_t, flow_time: self.expert(repeated, x_t, flow_time, step_mask).velocity,
+            lambda x_t, flow_time: self.expert(repeated, x_t, flow_time).velocity,
             actions,
             mask,
             self.config.flow_matching,

@@ -62,15 +62,12 @@ class ActionExpert(nn.Module):
         nn.init.zeros_(self.action_out.weight)
         nn.init.zeros_(self.action_out.bias)
 
-    def forward(
-        self, prefix: Prefix, x_t: Tensor, flow_time: Tensor, step_mask: Tensor | None = None
-    ) -> VelocityOutput:
-        """`x_t [N, H, A]`, `flow_time [N]`; `step_mask` bool [N, H] hides padded steps from the others."""
+    def forward(self, prefix: Prefix, x_t: Tensor, flow_time: Tensor) -> VelocityOutput:
+        """`x_t [N, H, A]`, `flow_time [N]`."""
         pooled_condition, pooled_shift = self.pooled_in(prefix.pooled).chunk(2, dim=-1)
         condition = silu(self.time_mlp(time_embedding(flow_time, self.time_width)) + pooled_condition)
         prefix_mask = None if _all_true(prefix.mask) else prefix.mask
-        step_mask = None if step_mask is None or _all_true(step_mask) else step_mask
-        mask = attention_mask(prefix_mask, step_mask, prefix.tokens.shape[1], x_t.shape[1])
+        mask = attention_mask(prefix_mask, None, prefix.tokens.shape[1], x_t.shape[1])
         scale = (flow_time.square() + (1.0 - flow_time).square()).rsqrt()[:, None, None]
         x = self.action_in(x_t * scale) + self.position + pooled_shift.unsqueeze(1)
         for block in cast(Iterable[AdaptiveTransformerBlock], self.blocks):

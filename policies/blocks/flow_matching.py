@@ -48,19 +48,32 @@ def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
     return total / weight.sum(dim=1).clamp_min(1.0)
 
 
+def hold_last(actions: Tensor, mask: Tensor) -> Tensor:
+    """`actions [N, H, A]` with the last real action before it at each step where `mask [N, H]` is False (the first real
+    one where there is none before; zero in a row without any)."""
+    steps = torch.arange(actions.shape[1], device=actions.device)
+    last = torch.where(mask, steps, -1).cummax(dim=1).values
+    first = mask.to(torch.int8).argmax(dim=1, keepdim=True)
+    source = torch.where(last < 0, first, last)
+    held = actions.gather(1, source.unsqueeze(-1).expand_as(actions))
+    return torch.where(mask.any(dim=1)[:, None, None], held, 0.0)
+
+
 def flow_matching_loss(
     velocity: VelocityFunction, actions: Tensor, mask: Tensor, config: FlowMatchingConfig, generator: torch.Generator
 ) -> Tensor:
     """Per-sample loss [N]: mean of (velocity - (noise - action))^2 over unpadded steps, dimensions and draws.
 
     `velocity(x_t, flow_time)` gets the draws folded into the batch: row `d * N + i` is draw d of sample i.
-    `actions` normalised [N, H, A], `mask` bool [N, H]. Padded actions are not read: x_t is pure noise there. (Lipman et
-    al. 2023, equation 23, in this project's direction of time.)
+    `actions` normalised [N, H, A], `mask` bool [N, H]. (Lipman et al. 2023, equation 23, in this project's direction of
+    time.) Padded actions are not read: the last real action stands in their place in x_t, and bears no loss. They are
+    not hidden from the other steps either, because a deployed policy always sees a whole chunk: one that was trained to
+    see fewer steps near the end of an episode takes a whole chunk as a sign that the episode has just begun.
     """
     n, draws = actions.shape[0], config.num_draws
     flow_time = draw_flow_time(draws * n, config, generator).to(actions.device)
     noise = torch.randn(draws * n, *actions.shape[1:], generator=generator, device=generator.device).to(actions.device)
-    actions = torch.where(mask.unsqueeze(-1), actions, 0.0).repeat(draws, 1, 1)
+    actions = hold_last(actions, mask).repeat(draws, 1, 1)
     t = flow_time[:, None, None]
     predicted = velocity(t * noise + (1.0 - t) * actions, flow_time)
     error = (predicted.float() - (noise - actions)).square()

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from vla_rl.policies.blocks.attention import Attention, attention_mask
-from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig, draw_flow_time, flow_matching_loss, masked_mean
+from vla_rl.policies.blocks.flow_matching import (
+    FlowMatchingConfig,
+    draw_flow_time,
+    flow_matching_loss,
+    hold_last,
+    masked_mean,
+)
 from vla_rl.policies.blocks.heads import mlp
 from vla_rl.policies.blocks.text import PAD, TextEncoder, detokenize_bytes, tokenize_bytes, word_hashes
 from vla_rl.policies.blocks.time_embedding import time_embedding
@@ -238,6 +244,12 @@ def test_flow_matching_loss_by_hand():
     error = (noise - actions).square().mean(dim=3)
     expected = torch.stack([error[:, 0].mean(), error[:, 1, :2].mean(), torch.tensor(0.0)])
     torch.testing.assert_close(loss, expected)
+
+
+def test_padding_holds_the_last_real_action():
+    actions = torch.arange(12.0).view(3, 4, 1)
+    mask = torch.tensor([[True, True, False, False], [False, True, False, True], [False] * 4])
+    assert hold_last(actions, mask)[..., 0].tolist() == [[0, 1, 1, 1], [5, 5, 5, 7], [0, 0, 0, 0]]
 
 
 def test_the_true_velocity_of_a_gaussian_beats_others():

@@ -177,16 +177,6 @@ def test_padded_actions_do_not_reach_the_gradient(kind):
     assert not torch.equal(gradient(policy, actions, mask, inputs), gradient(policy, real, mask, inputs))
 
 
-def test_noise_at_padded_steps_does_not_reach_real_steps():
-    policy = make()
-    prefix = policy.encode(policy.preprocess(observation())).detach()
-    mask = torch.tensor([[True, True, False, False]] * 3)
-    x, t = torch.randn(3, 4, 2), torch.rand(3)
-    other = torch.where(mask[..., None], x, x + 10.0)
-    a, b = policy.expert(prefix, x, t, mask).velocity, policy.expert(prefix, other, t, mask).velocity
-    torch.testing.assert_close(a[:, :2], b[:, :2])
-
-
 def test_a_frozen_encoder_keeps_its_features_and_gets_no_gradient():
     policy, obs = make(), observation()
     assert not policy.encoder_is_frozen
