@@ -8,8 +8,8 @@ step = env.step(actions)            # [64, K, 4] in [-1, 1]
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from vla_rl.protocols import StepOutcome
 from vla_rl.sim.arm import JOINT_NAMES, NUM_JOINTS
 from vla_rl.sim.control import CONTROLLERS, Controller, make_controller
 from vla_rl.sim.engine import CpuEngine, Engine
+from vla_rl.sim.randomization import RANDOMIZATIONS, RandomizationConfig, Randomizer, randomization_config, texture_mjcf
 from vla_rl.sim.rendering import CpuRenderer, Renderer
 from vla_rl.sim.scene import CAMERAS, Scene, SceneConfig, build_scene
 from vla_rl.sim.tasks import SPLITS, Task, get_task
@@ -28,6 +29,7 @@ from vla_rl.sim.tasks.base import Draw, EpisodeStart, Pose
 from vla_rl.sim.view import SceneView
 
 REWARDS = ("sparse", "dense")
+ENGINES = ("cpu", "warp")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class TabletopConfig:
     none by default. `control`: one of `CONTROLLERS`. `reward`: "sparse" (1 at success) or "dense" (the change of the
     task's progress, plus 1 at success). `max_episode_steps`: None takes the task's. `privileged_state`: append goal and
     object poses to the state. `joint_noise`: the arm starts within this many radians of home, in every joint.
-    `render_size`: pixels of pictures for people. `num_threads`: None takes all cores."""
+    `render_size`: pixels of pictures for people. `randomization`: of looks and physics, one of `RANDOMIZATIONS` or a
+    configuration. `engine`: "cpu" (MuJoCo on `num_threads` threads, None takes all cores) or "warp" (batched on
+    `device`, by default the GPU where there is one)."""
 
     split: str = "train"
     cameras: Mapping[str, int | tuple[int, int]] = field(default_factory=dict)
@@ -47,24 +51,25 @@ class TabletopConfig:
     terminate_on_success: bool = True
     joint_noise: float = 0.04
     render_size: int = 256
+    randomization: str | RandomizationConfig = "off"
+    engine: str = "cpu"
+    device: str | None = None
     num_threads: int | None = None
     scene: SceneConfig = field(default_factory=SceneConfig)
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("split", self.split, SPLITS), ("control", self.control, CONTROLLERS), ("reward", self.reward, REWARDS),
+            ("engine", self.engine, ENGINES),
             *(("camera", camera, CAMERAS) for camera in self.cameras),
         ):  # fmt: skip
             if value not in known:
                 raise ValueError(f"tabletop: {name} {value!r} is unknown; use one of {', '.join(known)}")
         if self.max_episode_steps is not None and self.max_episode_steps < 1:
             raise ValueError(f"tabletop: max_episode_steps must be at least 1, got {self.max_episode_steps}")
-
-
-class Randomiser(Protocol):
-    """Changes looks or physics of episodes that begin: writes rows of `engine.model_field(...)` and the like."""
-
-    def reset(self, scene: Scene, engine: Engine, env_ids: Tensor, rngs: list[np.random.Generator]) -> None: ...
+        randomization_config(self.randomization)
+        if self.engine == "cpu" and self.device not in (None, "cpu"):
+            raise ValueError(f"tabletop: the cpu engine runs on the CPU, not on {self.device!r}; use engine='warp'")
 
 
 class TabletopEnv:
@@ -79,15 +84,16 @@ class TabletopEnv:
         engine: Engine | None = None,
         renderer: Renderer | None = None,
         scene: Scene | None = None,
-        randomiser: Randomiser | None = None,
     ) -> None:
-        """`engine` and `renderer` default to the CPU's, `scene` to the task's. An engine must be of `scene.model`."""
+        """`engine` and `renderer` default to the configured ones, `scene` to the task's. An engine must be of
+        `scene.model`."""
         self.task = get_task(task)
         self.config = config = config or TabletopConfig()
         self.num_envs = num_envs
-        self.scene = scene or build_scene(self.task.assets(), config.scene)
-        self.engine: Engine = engine or CpuEngine(self.scene.model, num_envs, config.num_threads)
-        self.renderer: Renderer = renderer or CpuRenderer(self.engine, config.num_threads)
+        randomization = randomization_config(config.randomization)
+        self.scene = scene or build_scene(self.task.assets(), _scene_config(config.scene, randomization))
+        self.engine: Engine = engine or _make_engine(config, self.scene, num_envs)
+        self.renderer: Renderer = renderer or _make_renderer(config, self.engine)
         self.view = SceneView(self.scene, self.engine)
         self.controller: Controller = make_controller(config.control, self.view)
         self.max_episode_steps = config.max_episode_steps or self.task.max_episode_steps
@@ -95,7 +101,10 @@ class TabletopEnv:
         self.episode_steps = torch.zeros(num_envs, dtype=torch.int64, device=self.engine.device)
         self.instructions = [""] * num_envs
         self.variables = self._allocate_variables()
-        self._randomiser = randomiser
+        self._randomizer = (
+            None if randomization is None
+            else Randomizer(randomization, self.scene, self.engine, self.controller.action)
+        )  # fmt: skip
         self._progress = self.engine.qpos.new_zeros(num_envs)
         self._starts = _StartWriter(self.scene, self.engine)
         self._sizes = {c: (s, s) if isinstance(s, int) else tuple(s) for c, s in config.cameras.items()}
@@ -116,8 +125,8 @@ class TabletopEnv:
         ids = env_ids.to(self.engine.device)
         self.engine.reset(env_ids)
         self._starts.write(ids, starts, np.stack(joint_noise))
-        if self._randomiser is not None:
-            self._randomiser.reset(self.scene, self.engine, env_ids, [draw.rng for draw in draws])
+        if self._randomizer is not None:
+            self._randomizer.reset(env_ids, [draw.rng for draw in draws])
         self.engine.forward(env_ids)
         self.seeds[env_ids] = seeds
         self.episode_steps[ids] = 0
@@ -135,6 +144,8 @@ class TabletopEnv:
         engine = self.engine
         active = active.to(engine.device)
         clamped = self.spec.action.clamp(actions.to(engine.device, engine.qpos.dtype))
+        if self._randomizer is not None:
+            clamped = self._randomizer.delay(clamped, active)
         self.controller.apply(clamped, active)
         engine.step(active, self.config.scene.substeps)
         self.episode_steps += active
@@ -176,10 +187,16 @@ class TabletopEnv:
             "seeds": self.seeds.clone(),
             "episode_steps": self.episode_steps.clone(),
             "progress": self._progress.clone(),
+            "randomization": self._randomizer.state_dict() if self._randomizer is not None else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError where the state is of another number of environments, or randomised and this is not."""
+        if (state["randomization"] is None) != (self._randomizer is None):
+            raise ValueError("this state and this environment differ in randomization: one of them is off")
         self.engine.load_state_dict(state["engine"])
+        if self._randomizer is not None:
+            self._randomizer.load_state_dict(state["randomization"])
         self.controller.load_state_dict(state["controller"])
         for name, value in self.variables.items():
             value.copy_(state["variables"][name])
@@ -224,6 +241,30 @@ class TabletopEnv:
             names += [f"{name}_q{axis}" for name, asset in assets.items() if asset.movable for axis in "wxyz"]
             names += [f"{name}_joint" for name, asset in assets.items() if asset.joint]
         return tuple(names)
+
+
+def _scene_config(config: SceneConfig, randomization: RandomizationConfig | None) -> SceneConfig:
+    if randomization is None or not randomization.looks.textures:
+        return config
+    return replace(config, asset_mjcf=config.asset_mjcf + texture_mjcf())
+
+
+def _make_engine(config: TabletopConfig, scene: Scene, num_envs: int) -> Engine:
+    if config.engine == "cpu":
+        return CpuEngine(scene.model, num_envs, config.num_threads)
+    from vla_rl.sim.warp_engine import WarpEngine  # needs packages that a CPU-only installation lacks
+
+    return WarpEngine(scene.model, num_envs, config.device)
+
+
+def _make_renderer(config: TabletopConfig, engine: Engine) -> Renderer:
+    if config.engine == "cpu":
+        return CpuRenderer(engine, config.num_threads)
+    from vla_rl.sim.warp_engine import WarpEngine
+    from vla_rl.sim.warp_rendering import WarpRenderer
+
+    assert isinstance(engine, WarpEngine)
+    return WarpRenderer(engine)
 
 
 class _StartWriter:
@@ -293,11 +334,13 @@ def make_tabletop(
     auto_reset: bool = True,
     final_images: bool = True,
     num_threads: int | None = None,
-    randomiser: Randomiser | None = None,
+    randomization: str | RandomizationConfig = "off",
+    engine: str = "cpu",
+    device: str | None = None,
 ) -> ChunkedEnv:
     """A chunked tabletop environment. Options: see `TabletopConfig` and `ChunkedEnv`. `cameras` defaults to none.
 
-    Raises ValueError for an unknown task, split, camera, control or reward.
+    Raises ValueError for an unknown task, split, camera, control, reward, randomization or engine.
     """
     config = TabletopConfig(
         split=split,
@@ -307,9 +350,12 @@ def make_tabletop(
         max_episode_steps=max_episode_steps,
         privileged_state=privileged_state,
         num_threads=num_threads,
+        randomization=randomization,
+        engine=engine,
+        device=device,
     )
-    env = TabletopEnv(task, num_envs, config, randomiser=randomiser)
+    env = TabletopEnv(task, num_envs, config)
     return ChunkedEnv(env, auto_reset=auto_reset, final_images=final_images)
 
 
-__all__ = ["CONTROLLERS", "REWARDS", "Randomiser", "TabletopConfig", "TabletopEnv", "make_tabletop"]
+__all__ = ["CONTROLLERS", "ENGINES", "RANDOMIZATIONS", "REWARDS", "TabletopConfig", "TabletopEnv", "make_tabletop"]

@@ -21,7 +21,17 @@ from torch import Tensor
 
 # Fields of the model that only pictures depend on: kept by the engine and read by renderers, never by physics.
 VISUAL_FIELDS = frozenset(
-    {"geom_rgba", "mat_rgba", "mat_texid", "cam_pos", "cam_quat", "cam_fovy", "light_pos", "light_dir", "light_diffuse"}
+    {
+        "geom_rgba",
+        "geom_matid",
+        "mat_rgba",
+        "cam_pos",
+        "cam_quat",
+        "cam_fovy",
+        "light_pos",
+        "light_dir",
+        "light_diffuse",
+    }
 )
 
 _STATE_FIELDS = ("qpos", "qvel", "ctrl", "mocap_pos", "mocap_quat", "xfrc_applied")

@@ -179,6 +179,7 @@ class SceneConfig:
     """`timestep` s of one physics step and `substeps` of them a control step: 5 x 10 ms is 20 Hz.
 
     `workspace_low`, `workspace_high`: the box, in metres, that Cartesian control keeps the fingertip in.
+    `asset_mjcf`: textures and materials that pictures may need, MJCF for the inside of `<asset>`.
     """
 
     timestep: float = 0.01
@@ -187,6 +188,7 @@ class SceneConfig:
     workspace_high: tuple[float, float, float] = (0.66, 0.26, 0.32)
     table_rgba: Rgba = (0.72, 0.62, 0.50, 1.0)
     floor_rgba: Rgba = (0.40, 0.44, 0.50, 1.0)
+    asset_mjcf: str = ""
 
     def __post_init__(self) -> None:
         if self.timestep <= 0 or self.substeps < 1:
@@ -277,6 +279,7 @@ def scene_mjcf(assets: Sequence[Asset], config: SceneConfig) -> str:
  <global offwidth="640" offheight="480"/><map znear=".01" zfar="20"/>
 </visual>
 <default>{ARM_DEFAULTS}</default>
+<asset>{config.asset_mjcf}</asset>
 <worldbody>
  <light name="key" pos=".8 .6 1.5" dir="-.3 -.5 -1" directional="true" diffuse=".45 .45 .45" specular="0 0 0"/>
  <geom name="floor" type="plane" size="4 4 1" pos="0 0 -.6" {_VISUAL} rgba="{floor}"/>
