@@ -1,19 +1,84 @@
-# Two commands matter: `make demo` and `make test`. Each sets itself up from nothing.
+# Two commands matter: `make demo` and `make test`. Each sets everything up from nothing, in any order, and needs no
+# network the second time. What they install lies in .venv; the system's Python is not touched.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+# May be given on the command line:
+PYTHON ?=
+TORCH ?= torch==2.13.0
+TEST_PROCESSES ?= 2
+NAME ?=
+ARGS ?=
+
+BIN := .venv/bin
+STAGE := tools/stage.sh
+PYTEST := $(BIN)/python -m pytest -q
+export PYTHON TORCH
+# One thread a process unless asked for: two processes of PyTorch on two cores hinder each other otherwise.
 export OMP_NUM_THREADS ?= 1
+# A ROS or conda shell puts foreign packages before those of .venv.
+unexport PYTHONPATH PYTHONHOME
 
-.PHONY: test setup
-setup: $(VENV)/.ready
+.PHONY: help setup setup-dev demo check lint format types test unit wheel smoke test-slow test-gpu bench experiment \
+        clean distclean
 
-$(VENV)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e '.[dev]'
-	touch $@
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  make \1\t\2/p' Makefile | expand -t 24
+	@echo "  options: PYTHON=python3.12  TORCH=torch==X.Y  ARGS=\"...\" (more arguments for the command)"
 
-test: setup
-	$(BIN)/python -m pytest -q -n 2 tests
+demo: setup ## the main job: demonstrations, fine-tuning, reinforcement learning, report in runs/demo
+	@$(STAGE) "main job: vla-rl demo $(ARGS)" $(BIN)/vla-rl demo $(ARGS)
+
+test: setup-dev check unit wheel smoke ## everything that must hold: check, tests, the wheel, the short main job
+
+check: setup-dev lint format types ## lint, format and types; changes nothing
+
+bench: setup-dev ## run one benchmark: make bench NAME=...; the last line is its result as JSON
+	@tools/run_named.sh benchmarks "$(NAME)" $(ARGS)
+
+experiment: setup-dev ## run one learning experiment: make experiment NAME=...; see runs/experiments
+	@tools/run_named.sh experiments "$(NAME)" $(ARGS)
+
+test-slow: setup-dev ## the tests that take minutes
+	@$(STAGE) "slow tests" $(PYTEST) -n $(TEST_PROCESSES) -m "slow and not gpu" $(ARGS)
+
+test-gpu: setup-dev ## the tests that need a CUDA device
+	@$(STAGE) "tests on the GPU" $(PYTEST) -m gpu $(ARGS)
+
+setup: ## make .venv with what the main job needs (done by make demo)
+	@tools/setup.sh demo
+
+setup-dev: ## make .venv with the test tools too (done by make test)
+	@tools/setup.sh dev
+
+# The stages of `make check` and `make test`.
+lint format types unit wheel smoke: setup-dev
+
+lint:
+	@$(STAGE) "lint: ruff check" $(BIN)/ruff check --quiet .
+
+format:
+	@$(STAGE) "format: ruff format --check" $(BIN)/ruff format --quiet --check .
+
+types:
+	@$(BIN)/python tools/link_tree.py
+	@$(STAGE) "types: pyright" $(BIN)/python -m pyright
+
+unit:
+	@$(STAGE) "tests: pytest in $(TEST_PROCESSES) processes" \
+	    $(PYTEST) -n $(TEST_PROCESSES) -m "not slow and not gpu" $(ARGS)
+
+wheel:
+	@$(STAGE) "wheel: built, installed apart, every module imported" $(BIN)/python tools/check_wheel.py
+
+smoke:
+	@$(STAGE) "main job in its shortest form" $(BIN)/vla-rl demo --smoke --run-dir runs/demo_smoke
+
+clean: ## remove what checks and builds leave; keeps .venv and runs
+	@rm -rf .typing build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis MUJOCO_LOG.TXT
+	@find . \( -name .venv -o -name runs -o -name .git \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## also remove .venv
+	@rm -rf .venv
