@@ -106,6 +106,8 @@ class TabletopEnv:
             else Randomizer(randomization, self.scene, self.engine, self.controller.action)
         )  # fmt: skip
         self._progress = self.engine.qpos.new_zeros(num_envs)
+        self._action_low = self.engine.qpos.new_tensor(self.controller.action.low)
+        self._action_high = self.engine.qpos.new_tensor(self.controller.action.high)
         self._starts = _StartWriter(self.scene, self.engine)
         self._sizes = {c: (s, s) if isinstance(s, int) else tuple(s) for c, s in config.cameras.items()}
         self.spec = EnvSpec(
@@ -143,7 +145,7 @@ class TabletopEnv:
         """One control step; see `StepEnv`."""
         engine = self.engine
         active = active.to(engine.device)
-        clamped = self.spec.action.clamp(actions.to(engine.device, engine.qpos.dtype))
+        clamped = actions.to(engine.device, engine.qpos.dtype).clamp(self._action_low, self._action_high)
         if self._randomizer is not None:
             clamped = self._randomizer.delay(clamped, active)
         self.controller.apply(clamped, active)
@@ -158,7 +160,10 @@ class TabletopEnv:
             reward = reward + (status.progress - self._progress).float()
             self._progress.copy_(torch.where(active, status.progress, self._progress))
         ends = status.failure | status.success if self.config.terminate_on_success else status.failure
-        return StepOutcome(reward, ends, torch.zeros_like(ends), status.success)
+        truncated = torch.zeros_like(ends)
+        if actions.device == engine.device:
+            return StepOutcome(reward, ends, truncated, status.success)
+        return StepOutcome(*(x.to(actions.device) for x in (reward, ends, truncated, status.success)))
 
     def observe(self, env_ids: Tensor, images: bool) -> Observation:
         """Observations; see `StepEnv`."""

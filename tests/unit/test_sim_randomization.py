@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from vla_rl.core import Observation
 from vla_rl.envs.tabletop import TabletopConfig, TabletopEnv, make_tabletop
 from vla_rl.sim.arm import FINGER_NAMES, JOINT_NAMES
 from vla_rl.sim.experts import ScriptedExpert
@@ -21,7 +22,7 @@ from vla_rl.sim.randomization import (
     randomization_config,
     texture_mjcf,
 )
-from vla_rl.sim.scene import Block, Scene, SceneConfig, build_scene
+from vla_rl.sim.scene import Asset, Block, Scene, SceneConfig, build_scene
 from vla_rl.sim.tasks.base import Draw, EpisodeStart, Pose
 from vla_rl.sim.tasks.reach import Reach
 
@@ -33,7 +34,7 @@ class LooseBlock(Reach):
 
     name = "loose_block"
 
-    def assets(self) -> list[Block]:
+    def assets(self) -> list[Asset]:
         return [*super().assets(), Block("loose")]
 
     def sample(self, draw: Draw) -> EpisodeStart:
@@ -79,8 +80,10 @@ def test_off_changes_no_bit() -> None:
         assert torch.equal(first.rewards, second.rewards)
         a, b = first.obs, second.obs
     for env in (off, none):
-        assert set(env.step_env.engine.expanded_fields) <= {"geom_rgba"}
-        assert env.step_env.scene.model.nmat == 0
+        inner = env.step_env
+        assert isinstance(inner, TabletopEnv)
+        assert set(inner.engine.expanded_fields) <= {"geom_rgba"}
+        assert inner.scene.model.nmat == 0
         env.close()
 
 
@@ -251,8 +254,8 @@ def test_the_task_can_still_be_done(level: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- seeds and resume
-def _observe(step_obs: object) -> list[torch.Tensor]:
-    return [step_obs.state, *step_obs.images.values()]
+def _observe(obs: Observation) -> list[torch.Tensor]:
+    return [obs.state, *obs.images.values()]
 
 
 def test_an_episode_does_not_depend_on_the_batch() -> None:
