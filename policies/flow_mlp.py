@@ -12,15 +12,17 @@ from vla_rl.data.normalization import Normalizer
 from vla_rl.flow.sampling import ode
 from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig, flow_matching_loss
 from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
+from vla_rl.policies.blocks.sizes import require_sizes
 from vla_rl.protocols import PolicyInputs, Prefix, VelocityOutput
 
 
 @dataclass(frozen=True)
 class FlowMLPConfig:
-    """`num_steps`: Euler steps of the deployed policy. `time_dim`: size of the flow time's embedding, even."""
+    """`state_dim`, `action_dim`: 0 in a recipe, where `build_policy` takes them from the environment.
+    `num_steps`: Euler steps of the deployed policy. `time_dim`: size of the flow time's embedding, even."""
 
-    state_dim: int
-    action_dim: int
+    state_dim: int = 0
+    action_dim: int = 0
     action_horizon: int = 4
     width: int = 128
     num_layers: int = 3
@@ -45,6 +47,7 @@ class FlowMLP(nn.Module):
 
     def __init__(self, config: FlowMLPConfig) -> None:
         super().__init__()
+        require_sizes(config)
         self.config = config
         self.action_horizon, self.action_dim = config.action_horizon, config.action_dim
         self.feature_dim = config.state_dim

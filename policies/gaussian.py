@@ -14,18 +14,20 @@ from vla_rl.data.normalization import Normalizer
 from vla_rl.policies.blocks.flow_matching import masked_mean
 from vla_rl.policies.blocks.heads import mlp
 from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
+from vla_rl.policies.blocks.sizes import require_sizes
 from vla_rl.protocols import PolicyInputs, Prefix
 
 
 @dataclass(frozen=True)
 class GaussianMLPConfig:
-    """`std_min`, `std_max`: bounds of the learned standard deviation, in normalised actions.
+    """`state_dim`, `action_dim`: 0 in a recipe, where `build_policy` takes them from the environment.
+    `std_min`, `std_max`: bounds of the learned standard deviation, in normalised actions.
 
     `supervised_loss`: "nll" fits mean and deviation to demonstrations, "mse" the mean alone.
     """
 
-    state_dim: int
-    action_dim: int
+    state_dim: int = 0
+    action_dim: int = 0
     action_horizon: int = 8
     hidden_widths: tuple[int, ...] = (128, 128)
     initial_std: float = 0.3
@@ -53,6 +55,7 @@ class GaussianMLP(nn.Module):
 
     def __init__(self, config: GaussianMLPConfig) -> None:
         super().__init__()
+        require_sizes(config)
         self.config = config
         self.action_horizon, self.action_dim = config.action_horizon, config.action_dim
         self.feature_dim = config.state_dim

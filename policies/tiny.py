@@ -19,6 +19,7 @@ from vla_rl.policies.blocks.expert import ActionExpert, ActionExpertConfig
 from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig, flow_matching_loss
 from vla_rl.policies.blocks.heads import mlp
 from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
+from vla_rl.policies.blocks.sizes import require_sizes
 from vla_rl.policies.blocks.text import TextEncoder, tokenize_bytes
 from vla_rl.policies.blocks.transformer import RMSNorm
 from vla_rl.policies.blocks.vision import ImageEncoder
@@ -27,15 +28,16 @@ from vla_rl.protocols import PolicyInputs, Prefix, VelocityOutput
 
 @dataclass(frozen=True)
 class TinyVLAConfig:
-    """`cameras`: names in the observation, in order. `image_size`: pictures are resized to it, in pixels.
+    """`state_dim`, `action_dim`: 0 in a recipe, where `build_policy` takes them from the environment, `cameras` too.
+    `cameras`: names in the observation, in order. `image_size`: pictures are resized to it, in pixels.
 
     `tokens_per_camera` tokens with `heads_per_token` heat maps each are read from a picture:
     coordinates, and `value_channels` features, which need thousands of pictures. `num_steps`: Euler steps
     of the deployed ODE. `max_text_tokens`: bytes of the longest sentence, plus two.
     """
 
-    state_dim: int
-    action_dim: int
+    state_dim: int = 0
+    action_dim: int = 0
     cameras: tuple[str, ...] = ("agent",)
     image_size: int = 64
     action_horizon: int = 8
@@ -53,8 +55,8 @@ class TinyVLAConfig:
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
 
     def __post_init__(self) -> None:
-        if self.state_dim < 1 or self.action_dim < 1 or self.action_horizon < 1 or self.num_steps < 1:
-            raise ValueError("TinyVLAConfig: state_dim, action_dim, action_horizon and num_steps must be at least 1")
+        if self.state_dim < 0 or self.action_dim < 0 or self.action_horizon < 1 or self.num_steps < 1:
+            raise ValueError("TinyVLAConfig: sizes must be positive, action_horizon and num_steps at least 1")
         if len(set(self.cameras)) != len(self.cameras):
             raise ValueError(f"TinyVLAConfig: a camera is named twice in {self.cameras}")
 
@@ -102,6 +104,7 @@ class TinyVLA(nn.Module):
 
     def __init__(self, config: TinyVLAConfig) -> None:
         super().__init__()
+        require_sizes(config)
         self.config = config
         self.action_horizon, self.action_dim = config.action_horizon, config.action_dim
         self.hidden_dim = config.expert.width

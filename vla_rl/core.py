@@ -132,11 +132,11 @@ class Observation:
         )
 
     def with_rows(self, rows: Tensor, other: Observation) -> Observation:
-        """A copy in which row `rows[j]` is `other`'s row j. `rows`: int64 [M]. Cameras that `other` lacks become black."""
+        """A copy in which row `rows[j]` (int64 [M]) is `other`'s row j. Cameras that `other` lacks become black."""
         images = {}
         for camera, image in self.images.items():
             images[camera] = image.clone()
-            images[camera][rows] = other.images[camera] if camera in other.images else 0
+            images[camera][rows] = other.images.get(camera, 0)
         state = self.state.clone()
         state[rows] = other.state
         instruction = list(self.instruction)

@@ -100,8 +100,9 @@ class Policy(Protocol):
     action_dim: int
 
     def act(self, obs: Observation, noise: Tensor) -> ActionChunk:
-        """The deployed policy: deterministic given `noise`, standard normal [N, H, A] (a Gaussian policy's sample noise,
-        a flow policy's start of the ODE). Zeros give the mode of a Gaussian policy."""
+        """The deployed policy: deterministic given `noise`, standard normal [N, H, A].
+
+        That is the noise of a Gaussian policy's sample, whose mode zeros give, and the start of a flow policy's ODE."""
         ...
 
 
@@ -192,7 +193,7 @@ class HasFeatures(Protocol):
 
 @runtime_checkable
 class FlowPolicy(HasFeatures, Policy, Protocol):
-    """A policy whose chunk comes from a velocity field. All tensors here live in the policy's normalised action space."""
+    """A policy whose chunk comes from a velocity field. All tensors live in the policy's normalised action space."""
 
     hidden_dim: int
 
@@ -234,7 +235,11 @@ class HasSupervisedLoss(Protocol):
 
 
 class Learner(Protocol):
-    """An algorithm: owns networks and optimisers, turns collected data into updates."""
+    """An on-policy algorithm: owns networks and optimisers, turns collected decisions into updates."""
+
+    def iterate(self, collector: Any) -> dict[str, float]:
+        """Collect with `collector` (a `RolloutCollector`) and update once; metrics `rollout/...` and `update/...`."""
+        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 

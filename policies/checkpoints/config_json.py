@@ -62,7 +62,7 @@ def _from_plain(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _from_plain(next(a for a in arguments if a is not type(None)), value, where)
+        return _from_plain(_alternative(arguments, value, where), value, where)
     if origin is Literal:
         if value not in arguments:
             raise ValueError(f"{where}: must be one of {list(arguments)}, got {value!r}")
@@ -78,3 +78,16 @@ def _from_plain(hint: Any, value: Any, where: str) -> Any:
     if hint in (int, float, str, bool) and type(value) is hint:
         return value
     raise ValueError(f"{where}: expected {hint}, got {value!r}")
+
+
+def _alternative(alternatives: tuple[Any, ...], value: Any, where: str) -> Any:
+    """The member of a union that `value` was written from: among several dataclasses, the one with just its keys."""
+    choices = [a for a in alternatives if a is not type(None)]
+    if len(choices) == 1 or not isinstance(value, Mapping):
+        return choices[0]
+    names = {choice: {f.name for f in dataclasses.fields(choice)} for choice in choices}
+    fitting = [choice for choice, fields in names.items() if fields == set(value)]
+    if len(fitting) != 1:
+        known = "; ".join(f"{choice.__name__}: {sorted(fields)}" for choice, fields in names.items())
+        raise ValueError(f"{where}: the keys {sorted(value)} are of none of these: {known}")
+    return fitting[0]

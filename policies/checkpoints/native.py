@@ -45,6 +45,15 @@ def register_policy(name: str, policy_class: type, config_class: type) -> None:
     _REGISTRY[name] = (policy_class, config_class)
 
 
+def policy_class_of(config: Any) -> type:
+    """The registered class that is built from such a config. Raises TypeError where there is none."""
+    own = f"{type(config).__module__}:{type(config).__qualname__}"
+    for policy_class, config_class in _REGISTRY.values():
+        if config_class is type(config) or config_class == own:
+            return _resolve(policy_class)
+    raise TypeError(f"{type(config).__name__} is not the config of a registered policy, known are {sorted(_REGISTRY)}")
+
+
 def save_policy(
     policy: nn.Module, folder: str | Path, *, spec: EnvSpec | None = None, metadata: Mapping[str, Any] | None = None
 ) -> None:
@@ -78,10 +87,9 @@ def load_policy(folder: str | Path, *, device: torch.device | str = "cpu", spec:
         _check_spec(description.get("spec"), spec, Path(folder))
     policy_class, config_class = _classes(description["class"], Path(folder))
     try:
-        config = config_from_dict(config_class, description["config"], where=f"{folder}: config")
+        policy = policy_class(config_from_dict(config_class, description["config"], where="config"))
     except ValueError as error:
-        raise PolicyCheckpointError(str(error)) from error
-    policy = policy_class(config)
+        raise PolicyCheckpointError(f"{folder}: {error}") from error
     _load_strict(policy, tensors, Path(folder) / WEIGHTS_FILE)
     for name, kind in description["normalization"].items():
         policy.get_submodule(name).kind = kind

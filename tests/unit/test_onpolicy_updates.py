@@ -1,7 +1,6 @@
 """The updates: hand-computed losses, ratio one at the first epoch, resume, divergence, and each algorithm learning."""
 
 import copy
-import itertools
 import math
 from dataclasses import replace
 
@@ -17,7 +16,6 @@ from vla_rl.onpolicy import (
     ActorConfig,
     ActorData,
     DenoisingDiscount,
-    DivergenceError,
     FPOConfig,
     FPOSampler,
     GRPOConfig,
@@ -31,6 +29,7 @@ from vla_rl.policies.flow_mlp import FlowMLP, FlowMLPConfig
 from vla_rl.policies.gaussian import GaussianMLP, GaussianMLPConfig
 from vla_rl.protocols import PolicyInputs
 from vla_rl.rollout.collector import RolloutCollector
+from vla_rl.train.divergence import DivergenceError
 
 SDE = FlowSamplerConfig()
 SAMPLERS = {
@@ -293,10 +292,10 @@ def test_divergence_is_raised_before_parameters_change(poison):
         states[7] = math.nan
         batch = replace(batch, trace=replace(batch.trace, states=states))
     before = copy.deepcopy(sampler.policy.state_dict())
-    with pytest.raises(DivergenceError, match="not finite; the parameters were not changed") as error:
+    with pytest.raises(DivergenceError, match="not finite .*the parameters were not changed") as error:
         ppo.update(batch)
     assert all(torch.equal(before[k], v) for k, v in sampler.policy.state_dict().items())
-    assert any(not torch.isfinite(v).all() for v in error.value.minibatch.values() if v.is_floating_point())
+    assert any(not torch.isfinite(v).all() for v in error.value.tensors.values() if v.is_floating_point())
 
 
 @pytest.mark.parametrize(
@@ -443,13 +442,13 @@ def test_grpo_collects_informative_groups_and_resumes():
         return sampler, grpo, make_collector(sampler, num_envs=16)
 
     _, grpo, collector = start()
-    data, metrics = grpo.collect(collector, itertools.count(0))
+    data, metrics = grpo.collect(collector)
     assert data is None  # an untrained policy never succeeds: no group says anything
     assert metrics["groups_sampled"] == 12
     assert metrics["groups_used"] == 0
     assert metrics["episodes_finished"] == 48
     with pytest.raises(ValueError, match="do not divide"):
-        grpo.collect(make_collector(make_sampler(), num_envs=6), itertools.count(0))
+        grpo.collect(make_collector(make_sampler(), num_envs=6))
     with pytest.raises(ValueError, match="at least 2"):
         GRPOConfig(group_size=1)
 
@@ -461,7 +460,7 @@ def test_grpo_groups_share_their_initial_state_and_advantages_their_episode():
     # reward what happened by chance, so that groups hold information
     collector.collect_episodes = lambda seeds: with_rewards(collect(seeds), seed=seeds[0])
     grpo = GRPO(sampler, GRPOConfig(group_size=4, groups_per_update=3, max_rounds=4, actor=ActorConfig(num_epochs=2)))
-    data, metrics = grpo.collect(collector, itertools.count(5))
+    data, metrics = grpo.collect(collector)
     assert metrics["groups_used"] == 3
     assert metrics["groups_sampled"] == 4
     starts = collect([7] * 4 + [8] * 4).features[:8]

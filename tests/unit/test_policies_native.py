@@ -166,7 +166,7 @@ def test_all_wrong_keys_are_listed_at_once(tmp_path):
         (lambda d: d["config"].update({"hidden_width": [3]}), "did you mean 'hidden_widths'"),
         (lambda d: d["config"].update({"action_dim": "two"}), "config.action_dim"),
         (lambda d: d["config"].update({"supervised_loss": "mae"}), "must be one of"),
-        (lambda d: d["config"].pop("state_dim"), r"needs \['state_dim'\]"),
+        (lambda d: d["config"].pop("state_dim"), "state_dim is 0"),
         (lambda d: d["config"].update({"initial_std": 5.0}), "std_min < initial_std"),
     ],
 )

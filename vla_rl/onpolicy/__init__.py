@@ -2,7 +2,6 @@
 
 from vla_rl.onpolicy.actor import ActorConfig, ActorData, ActorUpdate
 from vla_rl.onpolicy.critic import Critic, CriticConfig
-from vla_rl.onpolicy.divergence import DivergenceError
 from vla_rl.onpolicy.dppo import DenoisingDiscount
 from vla_rl.onpolicy.fpo import FPOConfig, FPOSampler
 from vla_rl.onpolicy.grpo import GRPO, GRPOConfig
@@ -17,7 +16,6 @@ __all__ = [
     "Critic",
     "CriticConfig",
     "DenoisingDiscount",
-    "DivergenceError",
     "FPOConfig",
     "FPOSampler",
     "GRPOConfig",

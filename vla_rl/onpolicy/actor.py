@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from vla_rl.flow.likelihood import LogProb, chain_kl, k3_divergence
 from vla_rl.flow.sampler import ChunkSampler
-from vla_rl.onpolicy.divergence import require_finite
 from vla_rl.protocols import HasSupervisedLoss, PolicyInputs, Prefix, require, trainable_parameters
 from vla_rl.rollout.collector import RolloutBatch
+from vla_rl.train.divergence import require_finite
 
 DemoSource = Callable[[int], tuple[PolicyInputs, Tensor, Tensor]]
 """Batch size -> inputs, normalised actions [M, H, A], mask bool [M, H]."""
@@ -139,7 +139,11 @@ class ActorUpdate:
             raise ValueError("the policy has no trainable parameters")
         self._parameters = parameters
         self._optimizer = torch.optim.AdamW(
-            parameters, lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay
+            parameters,
+            lr=config.learning_rate,
+            betas=config.adam_betas,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         self._reference: ChunkSampler | None = None
         if config.reference_kl_coef > 0.0:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_rl.onpolicy.divergence import require_finite
+from vla_rl.train.divergence import require_finite
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class CriticUpdate:
     def __init__(self, feature_dim: int, config: CriticConfig, device: torch.device | str) -> None:
         self.config = config
         self.critic = Critic(feature_dim, config.hidden).to(device)
-        self._optimizer = torch.optim.Adam(self.critic.parameters(), lr=config.learning_rate)
+        self._optimizer = torch.optim.Adam(self.critic.parameters(), lr=config.learning_rate, fused=True)
 
     def update(
         self, features: Tensor, old_values: Tensor, targets: Tensor, generator: torch.Generator

@@ -1,12 +1,13 @@
 """GRPO (arXiv 2402.03300) on chunks: no critic; an episode is judged against others from the same initial state.
 
-data, metrics = grpo.collect(collector, initial_seeds)
+metrics = grpo.iterate(collector)         # which is
+data, metrics = grpo.collect(collector)
 metrics |= grpo.update(data)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vla_rl.core import chunk_reward
+from vla_rl.envs.vector import episode_seed
 from vla_rl.flow.sampler import ChunkSampler
 from vla_rl.onpolicy.actor import ActorConfig, ActorData, ActorUpdate, DemoSource, StepWeighting
 from vla_rl.rollout.collector import RolloutBatch, RolloutCollector
@@ -82,20 +84,29 @@ class GRPO:
         self._generator = torch.Generator(device=device).manual_seed(config.seed)
         self._actor = ActorUpdate(sampler, config.actor, demos=demos, step_weighting=step_weighting)
         self.num_updates = 0
+        self._num_groups = 0
 
-    def collect(
-        self, collector: RolloutCollector, initial_seeds: Iterator[int]
-    ) -> tuple[ActorData | None, dict[str, float]]:
+    def iterate(self, collector: RolloutCollector) -> dict[str, float]:
+        """Collect and update once. Metrics are named `rollout/...`, of the behaviour policy, and `update/...`."""
+        data, found = self.collect(collector)
+        metrics = {f"rollout/{name}": value for name, value in found.items()}
+        if data is not None:
+            metrics |= {f"update/{name}": value for name, value in self.update(data).items()}
+        collector.policy_version = self.num_updates
+        return metrics
+
+    def collect(self, collector: RolloutCollector) -> tuple[ActorData | None, dict[str, float]]:
         """Rounds of groups until `groups_per_update` of them hold information, or `max_rounds` are over.
 
-        `initial_seeds` gives one seed a group. None where no group of any round held information.
+        Every group starts from an initial state of its own, which never comes again. None where no group of any round
+        held information.
         """
         config, n = self.config, collector.env.num_envs
         if n % config.group_size:
             raise ValueError(f"{n} environments do not divide into groups of {config.group_size}")
         parts, found, groups, successes, episodes, rounds = [], 0, 0, 0.0, 0, 0
         while found < config.groups_per_update and rounds < config.max_rounds:
-            seeds = [next(initial_seeds) for _ in range(n // config.group_size)]
+            seeds = [self._next_initial_seed() for _ in range(n // config.group_size)]
             batch = collector.collect_episodes([s for s in seeds for _ in range(config.group_size)])
             returns = episode_returns(batch, config.gamma).unflatten(0, (-1, config.group_size))
             advantages, informative = group_advantages(returns, normalize_std=config.normalize_std)
@@ -122,14 +133,20 @@ class GRPO:
         self.num_updates += 1
         return {"num_samples": float(len(data))} | self._actor.update(data, self._generator)
 
+    def _next_initial_seed(self) -> int:
+        self._num_groups += 1
+        return episode_seed(self.config.seed, self._num_groups)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "actor": self._actor.state_dict(),
             "generator": self._generator.get_state(),
             "num_updates": self.num_updates,
+            "num_groups": self._num_groups,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._actor.load_state_dict(state["actor"])
         self._generator.set_state(state["generator"])
         self.num_updates = state["num_updates"]
+        self._num_groups = state["num_groups"]

@@ -1,6 +1,7 @@
 """PPO on chunks (arXiv 1707.06347): flow policies through their denoising chains (arXiv 2510.25889), and Gaussians.
 
-batch = collector.collect(num_decisions)
+metrics = ppo.iterate(collector)         # which is
+batch = collector.collect(config.num_decisions)
 metrics = ppo.update(batch)
 """
 
@@ -21,15 +22,17 @@ from vla_rl.onpolicy.actor import ActorConfig, ActorData, ActorUpdate, DemoSourc
 from vla_rl.onpolicy.advantages import explained_variance, gae, normalize_advantages
 from vla_rl.onpolicy.critic import CriticConfig, CriticUpdate
 from vla_rl.protocols import FlowPolicy, HasFeatures, require
-from vla_rl.rollout.collector import RolloutBatch
+from vla_rl.rollout.collector import RolloutBatch, RolloutCollector
 
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """`gamma`: per control step; a chunk of k executed steps discounts by gamma^k. `gae_lambda`: per chunk.
+    """`num_decisions`: T, decisions of every environment between two updates.
+    `gamma`: per control step; a chunk of k executed steps discounts by gamma^k. `gae_lambda`: per chunk.
     `critic_warmup_iterations`: updates that fit the critic and leave the policy alone. `shuffle_advantages`: the
     negative control, which must not learn: advantages are dealt out to decisions at random."""
 
+    num_decisions: int = 16
     gamma: float = 0.99
     gae_lambda: float = 0.95
     normalize_advantages: bool = True
@@ -40,6 +43,8 @@ class PPOConfig:
     critic: CriticConfig = field(default_factory=CriticConfig)
 
     def __post_init__(self) -> None:
+        if self.num_decisions < 1:
+            raise ValueError(f"num_decisions is {self.num_decisions}, expected at least 1")
         if not (0.0 < self.gamma <= 1.0 and 0.0 <= self.gae_lambda <= 1.0):
             raise ValueError(f"expected 0 < gamma <= 1 and 0 <= gae_lambda <= 1, got {self.gamma}, {self.gae_lambda}")
 
@@ -98,6 +103,14 @@ class PPO:
         following = batch.next_values(values, bootstrap_values)
         advantages, targets = gae(rewards, discounts, values, following, batch.ended, self.config.gae_lambda)
         return advantages, targets, values
+
+    def iterate(self, collector: RolloutCollector) -> dict[str, float]:
+        """Collect and update once. Metrics are named `rollout/...`, of the behaviour policy, and `update/...`."""
+        batch = collector.collect(self.config.num_decisions)
+        metrics = {f"rollout/{name}": value for name, value in batch.episodes.metrics().items()}
+        metrics |= {f"update/{name}": value for name, value in self.update(batch).items()}
+        collector.policy_version = self.num_updates
+        return metrics
 
     def update(self, batch: RolloutBatch) -> dict[str, float]:
         """One update of policy and critic. Raises DivergenceError before a step that would spoil them."""

@@ -35,5 +35,10 @@ def require_finite(
     """The number in `value`, or DivergenceError with the batch."""
     number = float(value.detach())
     if not math.isfinite(number):
-        raise DivergenceError(f"{name} is {number}: the parameters were left as they are", tensors, details)
+        raise DivergenceError(
+            f"{name} is not finite ({number}); the parameters were not changed. Look at the dumped batch; usual causes "
+            "are a learning rate that is too high and a reward or an action that is not finite",
+            tensors,
+            details,
+        )
     return number

@@ -7,7 +7,6 @@ parameters, bit for bit, as one that was not.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +22,7 @@ from vla_rl.data.chunks import ChunkDataset, EpochSampler
 from vla_rl.policies.checkpoints.native import save_policy
 from vla_rl.protocols import HasFeatures, HasSupervisedLoss, PolicyInputs, require, trainable_parameters
 from vla_rl.train.augmentation import AugmentationConfig, augment
+from vla_rl.train.checkpoint import load_state, save_state
 from vla_rl.train.divergence import DivergenceError, require_finite
 from vla_rl.train.ema import Ema
 from vla_rl.train.interrupt import StopOnInterrupt
@@ -270,10 +270,7 @@ def _start_or_resume(trainer: SupervisedTrainer, sampler: BatchSampler, run_dir:
         return
     if not resume:
         raise FileExistsError(f"{path} holds a run already; resume it, or choose another run folder")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several kinds for a file cut short
-        raise ValueError(f"{path}: cannot be read ({error}); delete it to start this stage again") from error
+    state = load_state(path)
     here = _resume_key(trainer.config)
     different = sorted(key for key in here if state["config"].get(key) != here[key])
     if different:
@@ -292,12 +289,7 @@ def _save(trainer: SupervisedTrainer, sampler: BatchSampler, run_dir: Path, spec
         "sampler": sampler.state_dict(),
         "config": _resume_key(trainer.config),
     }
-    partial = run_dir / f".{STATE_FILE}.{os.getpid()}.partial"
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, run_dir / STATE_FILE)
+    save_state(run_dir / STATE_FILE, state)
 
 
 def _resume_key(config: SFTConfig) -> dict[str, Any]:

@@ -1,0 +1,62 @@
+"""The project's main job: from demonstrations to a much better policy in ten minutes on two cores.
+
+The task is to reach the block that a sentence names, seen by a 64-pixel camera. Demonstrations are few and clumsy on
+purpose, so that supervised fine-tuning leaves something to improve.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vla_rl.envs.config import EnvConfig
+from vla_rl.flow.config import FlowSamplerConfig
+from vla_rl.onpolicy import ActorConfig, CriticConfig, PPOConfig
+from vla_rl.policies.tiny import TinyVLAConfig
+from vla_rl.sim.experts import ExpertConfig
+from vla_rl.train.augmentation import AugmentationConfig
+from vla_rl.train.loop import TrainConfig
+from vla_rl.train.recipe import DemosConfig, EvalConfig, Recipe
+from vla_rl.train.sft import SFTConfig
+
+EXECUTION_HORIZON = 4
+
+
+def demo() -> Recipe:
+    """Reach by sentence and picture: 300 clumsy demonstrations, flow matching, Flow-SDE PPO."""
+    return Recipe(
+        env=EnvConfig(task="reach", cameras=("agent",), image_size=64),
+        demos=DemosConfig(num_episodes=300, num_envs=32, expert=ExpertConfig(action_noise=0.3)),
+        policy=TinyVLAConfig(action_horizon=8),
+        sft=SFTConfig(
+            num_updates=600,
+            batch_size=64,
+            ema_decay=0.98,
+            augmentation=AugmentationConfig(shift_pixels=1, brightness=0.1, contrast=0.1, state_dropout=0.5),
+        ),
+        train=TrainConfig(
+            num_iterations=100,
+            num_envs=64,
+            execution_horizon=EXECUTION_HORIZON,
+            sampler=FlowSamplerConfig(kernel="flow_sde", mode="hybrid", scored_horizon=EXECUTION_HORIZON),
+            algorithm=PPOConfig(
+                num_decisions=16,
+                gamma=0.97,
+                actor=ActorConfig(learning_rate=2e-4),
+                critic=CriticConfig(),
+            ),
+            eval_interval=10,
+        ),
+        evaluation=EvalConfig(num_episodes=256),
+    )
+
+
+def demo_smoke() -> Recipe:
+    """The demo with every stage cut short: shows in a minute that all of it runs, and nothing about learning."""
+    recipe = demo()
+    return replace(
+        recipe,
+        demos=replace(recipe.demos, num_episodes=12, num_envs=6),
+        sft=replace(recipe.sft, num_updates=10, batch_size=16, warmup_updates=2),
+        train=replace(recipe.train, num_iterations=3, num_envs=8, eval_interval=0),
+        evaluation=replace(recipe.evaluation, num_episodes=8, num_videos=2),
+    )

@@ -1,0 +1,27 @@
+"""The demo's task with each of the two flow samplers, for the learning experiment `tabletop_flow`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vla_rl.configs.demo import EXECUTION_HORIZON, demo
+from vla_rl.flow.config import FlowSamplerConfig
+from vla_rl.onpolicy import PPOConfig
+from vla_rl.train.recipe import Recipe
+
+
+def flow_sde() -> Recipe:
+    """Flow-SDE, one stochastic denoising step a sample: the demo itself."""
+    return demo()
+
+
+def flow_noise() -> Recipe:
+    """Flow-Noise: a learned standard deviation in every denoising step, and an entropy bonus that keeps it open."""
+    recipe = demo()
+    assert isinstance(recipe.train.algorithm, PPOConfig)
+    actor = replace(recipe.train.algorithm.actor, entropy_coef=0.01)
+    sampler = FlowSamplerConfig(
+        kernel="flow_noise", mode="full", reduction="per_step", scored_horizon=EXECUTION_HORIZON
+    )
+    train = replace(recipe.train, sampler=sampler, algorithm=replace(recipe.train.algorithm, actor=actor))
+    return replace(recipe, train=train)

@@ -1,0 +1,50 @@
+"""Which environment a recipe is about: plain values that the command line can change and a run folder can keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vla_rl.envs.tabletop import make_tabletop
+from vla_rl.envs.vector import ChunkedEnv
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """A tabletop environment; see `make_tabletop` for the options.
+
+    `task`: a name in `vla_rl.sim.tasks`. `cameras`: "agent", "wrist" or none, of `image_size` pixels in the square.
+    `max_episode_steps`: None takes the task's. `num_threads`: None takes all cores.
+    """
+
+    task: str = "reach"
+    cameras: tuple[str, ...] = ("agent",)
+    image_size: int = 64
+    control: str = "ee_delta"
+    reward: str = "sparse"
+    max_episode_steps: int | None = None
+    privileged_state: bool = False
+    num_threads: int | None = None
+
+    def make(
+        self,
+        num_envs: int,
+        *,
+        split: str,
+        auto_reset: bool = False,
+        final_images: bool = False,
+        task: str | None = None,
+    ) -> ChunkedEnv:
+        """`num_envs` environments of `split`; `task` another one than the recipe's."""
+        return make_tabletop(
+            task or self.task,
+            num_envs,
+            split=split,
+            cameras=dict.fromkeys(self.cameras, self.image_size),
+            control=self.control,
+            reward=self.reward,
+            max_episode_steps=self.max_episode_steps,
+            privileged_state=self.privileged_state,
+            auto_reset=auto_reset,
+            final_images=final_images,
+            num_threads=self.num_threads,
+        )

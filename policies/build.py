@@ -1,0 +1,35 @@
+"""A new policy from its config, for an environment."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from vla_rl.core import EnvSpec
+from vla_rl.policies.checkpoints.native import policy_class_of
+from vla_rl.policies.flow_mlp import FlowMLPConfig
+from vla_rl.policies.gaussian import GaussianMLPConfig
+from vla_rl.policies.tiny import TinyVLAConfig
+
+PolicyConfig = TinyVLAConfig | FlowMLPConfig | GaussianMLPConfig
+
+
+def build_policy(config: Any, spec: EnvSpec, *, seed: int, device: torch.device | str = "cpu") -> nn.Module:
+    """A policy of `config` for the environment of `spec`; `seed` decides its first weights and no other generator.
+
+    Sizes of state and action, and the cameras, are the environment's. Raises ValueError where the config names others,
+    and TypeError for a config that no registered policy has.
+    """
+    wanted: dict[str, Any] = {"state_dim": spec.state_dim, "action_dim": spec.action.dim}
+    for name, value in wanted.items():
+        own = getattr(config, name)
+        if own not in (0, value):
+            raise ValueError(f"{type(config).__name__}.{name} is {own}, {spec.name} has {value}; leave it at 0")
+    if any(f.name == "cameras" for f in fields(config)):
+        wanted["cameras"] = tuple(spec.cameras)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return policy_class_of(config)(replace(config, **wanted)).to(device)

@@ -1,0 +1,68 @@
+"""The command line: `vla-rl doctor | run | demos | sft | train | eval | compare | recipes`.
+
+A recipe names a complete configuration, and every field of it is an option, as `--train.num-iterations 50`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+COMMANDS = ("doctor", "recipes", "run", "demos", "sft", "train", "eval", "compare")
+USAGE = """vla-rl: take a vision-language-action policy from demonstrations to a real arm with reinforcement learning
+
+  vla-rl doctor                              what this machine can run, and how to get what is missing
+  vla-rl recipes                             the complete configurations that there are
+  vla-rl run RECIPE --run-dir DIR            all stages: demonstrations, SFT, RL, evaluation, report
+  vla-rl demos RECIPE --out DIR              record demonstrations (a LeRobot dataset)
+  vla-rl sft RECIPE --demos DIR --run-dir DIR        fit a new policy to demonstrations
+  vla-rl train RECIPE --from POLICY --run-dir DIR    improve a policy by reinforcement learning
+  vla-rl eval POLICY --out DIR               success on held-out episodes, with intervals
+  vla-rl compare A B                         two evaluations, episode by episode
+
+  vla-rl COMMAND --help shows all options; add --resume to go on with what was interrupted."""
+
+
+class UsageError(ValueError):
+    """The command line does not make sense."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 when the command did its work, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    try:
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            raise UsageError(f"there is no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        from vla_rl import commands  # torch and the simulator take seconds to import: not for a list of commands
+
+        return getattr(commands, f"{name}_command")(rest)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was saved stays, --resume goes on from there", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        return _report_error(error)
+
+
+def _report_error(error: Exception) -> int:
+    """Errors speak for themselves; the traceback is for who asks for it."""
+    if os.environ.get("VLA_RL_TRACEBACK"):
+        traceback.print_exception(error)
+    print(f"error: {error}", file=sys.stderr)
+    for note in getattr(error, "__notes__", ()):
+        print(f"  {note}", file=sys.stderr)
+    if isinstance(error, UsageError):
+        print("\n" + USAGE, file=sys.stderr)
+        return 2
+    if type(error).__name__ == "Interrupted":
+        return 130
+    if not os.environ.get("VLA_RL_TRACEBACK"):
+        print("  (VLA_RL_TRACEBACK=1 shows where it came from)", file=sys.stderr)
+    return 1

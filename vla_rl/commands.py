@@ -1,0 +1,225 @@
+"""The commands of `vla-rl`: options, and the call that does the work. Dispatch and errors are in `cli.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from vla_rl.cli import UsageError
+from vla_rl.configs import RECIPES, get_recipe
+from vla_rl.doctor import run_doctor
+from vla_rl.evaluation.compare import compare
+from vla_rl.evaluation.result import EvalResult
+from vla_rl.train.pipeline import run_pipeline
+from vla_rl.train.recipe import Recipe
+from vla_rl.train.run_folder import CONFIG_FILE, open_run_folder, read_config
+from vla_rl.train.stages import evaluate_stage, fine_tune, record_demos, reinforce
+
+RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
+_UNSET: Any = tyro.MISSING
+
+
+# ------------------------------------------------------------------------------------------------------- small ones
+@dataclass(frozen=True)
+class DoctorOptions:
+    """json: one JSON object for machines."""
+
+    json: bool = False
+
+
+def doctor_command(argv: list[str]) -> int:
+    """What this machine can run."""
+    return run_doctor(_parse(DoctorOptions(), argv, "doctor").json)
+
+
+def recipes_command(argv: list[str]) -> int:
+    """Names of the recipes, and the first line of their descriptions."""
+    import importlib
+
+    if argv:
+        raise UsageError("recipes takes no options")
+    for name, entry in RECIPES.items():
+        module, _, function = entry.partition(":")
+        text = getattr(importlib.import_module(module), function).__doc__ or ""
+        print(f"{name:22} {text.strip().splitlines()[0]}")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------ stages
+@dataclass(frozen=True)
+class RunOptions:
+    """run_dir: folder of the run. resume: go on with an interrupted run. control: also train on shuffled advantages,
+    which must not learn. seed: of every stage."""
+
+    recipe: RecipeFields
+    run_dir: Path = _UNSET
+    resume: bool = False
+    control: bool = False
+    seed: int | None = None
+
+
+def run_command(argv: list[str]) -> int:
+    """All stages of a recipe, and the report."""
+    name, recipe, rest = _named_recipe(argv, "run")
+    o = _parse(RunOptions(recipe), rest, f"run {name}")
+    recipe = o.recipe if o.seed is None else o.recipe.with_seed(o.seed)
+    _set_threads(recipe)
+    result = run_pipeline(recipe, o.run_dir, name=name, resume=o.resume, control=o.control)
+    for who in ("sft", "rl", "control", "expert"):
+        if who in result.summary:
+            rate = result.summary[who]
+            print(f"{who:8} {rate['success_rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] n={rate['n']}")
+    print(f"{result.summary['total_s']:.0f} s; report: {result.run_dir / 'report.html'}")
+    return 0
+
+
+@dataclass(frozen=True)
+class DemosOptions:
+    """out: folder of the dataset. A recording that was interrupted goes on."""
+
+    recipe: RecipeFields
+    out: Path = _UNSET
+    seed: int | None = None
+
+
+def demos_command(argv: list[str]) -> int:
+    """Record demonstrations."""
+    name, recipe, rest = _named_recipe(argv, "demos")
+    o = _parse(DemosOptions(recipe), rest, f"demos {name}")
+    summary = record_demos(o.recipe if o.seed is None else o.recipe.with_seed(o.seed), o.out)
+    print(f"{summary.num_episodes} episodes, {summary.num_frames} frames in {summary.path}")
+    return 0
+
+
+@dataclass(frozen=True)
+class SftOptions:
+    """demos: folder of a LeRobot dataset. run_dir: folder of the run. resume: go on with an interrupted run."""
+
+    recipe: RecipeFields
+    demos_dir: Annotated[Path, tyro.conf.arg(name="demos")] = _UNSET
+    run_dir: Path = _UNSET
+    resume: bool = False
+    seed: int | None = None
+
+
+def sft_command(argv: list[str]) -> int:
+    """Fit a new policy to demonstrations."""
+    name, recipe, rest = _named_recipe(argv, "sft")
+    o = _parse(SftOptions(recipe), rest, f"sft {name}")
+    recipe = o.recipe if o.seed is None else o.recipe.with_seed(o.seed)
+    _set_threads(recipe)
+    run_dir = open_run_folder(o.run_dir, recipe, resume=o.resume)
+    result = fine_tune(recipe, o.demos_dir, run_dir, resume=o.resume)
+    print(f"loss {result.final_loss:.4g} after {result.num_updates} updates; policy: {result.policy_folder}")
+    return 0 if result.finished else 130
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """from: folder of the policy to improve. run_dir: folder of the run. dataset: demonstrations, which bc_coef > 0
+    needs. resume: go on with an interrupted run."""
+
+    recipe: RecipeFields
+    policy_dir: Annotated[Path, tyro.conf.arg(name="from")] = _UNSET
+    run_dir: Path = _UNSET
+    demos_dir: Annotated[Path | None, tyro.conf.arg(name="dataset")] = None
+    resume: bool = False
+    seed: int | None = None
+
+
+def train_command(argv: list[str]) -> int:
+    """Improve a policy by reinforcement learning."""
+    name, recipe, rest = _named_recipe(argv, "train")
+    o = _parse(TrainOptions(recipe), rest, f"train {name}")
+    recipe = o.recipe if o.seed is None else o.recipe.with_seed(o.seed)
+    _set_threads(recipe)
+    run_dir = open_run_folder(o.run_dir, recipe, resume=o.resume)
+    result = reinforce(recipe, o.policy_dir, run_dir, resume=o.resume, dataset_path=o.demos_dir)
+    print(f"{result.num_iterations} iterations in {result.wall_s:.0f} s; policy: {result.policy_folder}")
+    return 0 if result.finished else 130
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+@dataclass(frozen=True)
+class EvalOptions:
+    """out: where the episodes, rates and videos go."""
+
+    recipe: RecipeFields
+    out: Path = _UNSET
+
+
+def eval_command(argv: list[str]) -> int:
+    """Success of a stored policy. Its recipe is that of the run it lies in, or the one after `--recipe`."""
+    if not argv or argv[0].startswith("-"):
+        raise UsageError("eval: name the folder of a policy, then the options")
+    policy, rest = Path(argv[0]), argv[1:]
+    name = None
+    if "--recipe" in rest:
+        at = rest.index("--recipe")
+        if at + 1 == len(rest):
+            raise UsageError("eval: --recipe needs a name")
+        name, rest = rest[at + 1], rest[:at] + rest[at + 2 :]
+    recipe = get_recipe(name) if name is not None else _recipe_of(policy)
+    o = _parse(EvalOptions(recipe), rest, f"eval {policy}")
+    _set_threads(o.recipe)
+    result, _ = evaluate_stage(o.recipe, policy, o.out, label=str(policy))
+    print(result.format_table())
+    return 0
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """first, second: folders that `eval` wrote. json: one JSON object for machines."""
+
+    first: tyro.conf.Positional[Path]
+    second: tyro.conf.Positional[Path]
+    criterion: str = "success_once"
+    json: bool = False
+
+
+def compare_command(argv: list[str]) -> int:
+    """Two evaluations of the same episodes."""
+    o = _parse(CompareOptions, argv, "compare")
+    names = (str(o.first), str(o.second))
+    comparison = compare(EvalResult.load(o.first), EvalResult.load(o.second), names=names, criterion=o.criterion)
+    print(json.dumps(comparison.as_dict(), indent=2) if o.json else comparison.format_table())
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------- parsing
+def _parse(options: Any, argv: list[str], command: str) -> Any:
+    """`argv` over the defaults in `options`. For a wrong option tyro ends the process with code 2 and a suggestion."""
+    kind: Callable[..., Any] = options if isinstance(options, type) else type(options)
+    return tyro.cli(
+        kind,
+        args=argv,
+        prog=f"vla-rl {command}",
+        default=None if isinstance(options, type) else options,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def _named_recipe(argv: list[str], command: str) -> tuple[str, Recipe, list[str]]:
+    if not argv or argv[0].startswith("-"):
+        raise UsageError(f"{command}: name a recipe first ({', '.join(RECIPES)}), then the options")
+    return argv[0], get_recipe(argv[0]), argv[1:]
+
+
+def _recipe_of(policy: Path) -> Recipe:
+    """The recipe of the run that a policy folder lies in."""
+    for folder in policy.resolve().parents:
+        file = folder / CONFIG_FILE
+        if file.is_file() and (folder / "provenance.json").is_file():
+            return read_config(folder, Recipe)
+    raise UsageError(f"eval: {policy} lies in no run folder; name the recipe with --recipe ({', '.join(RECIPES)})")
+
+
+def _set_threads(recipe: Recipe) -> None:
+    """Small networks on a busy CPU are many times slower with two threads than with one."""
+    torch.set_num_threads(recipe.torch_threads)

@@ -1,0 +1,49 @@
+"""From the configs of a recipe to a sampler and a learner, with every mismatch an error before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vla_rl.flow.config import FlowSamplerConfig
+from vla_rl.flow.sampler import ChunkSampler, GaussianSampler
+from vla_rl.onpolicy.actor import DemoSource
+from vla_rl.onpolicy.dppo import DenoisingDiscount
+from vla_rl.onpolicy.fpo import FPOConfig, FPOSampler
+from vla_rl.onpolicy.grpo import GRPO, GRPOConfig
+from vla_rl.onpolicy.ppo import PPO, PPOConfig, flow_sampler
+from vla_rl.protocols import FlowPolicy, GaussianPolicy, require
+
+
+@dataclass(frozen=True)
+class GaussianSamplerConfig:
+    """`scored_horizon`: the action steps that count, those executed (None: all)."""
+
+    scored_horizon: int | None = None
+
+
+SamplerConfig = FlowSamplerConfig | FPOConfig | GaussianSamplerConfig
+AlgorithmConfig = PPOConfig | GRPOConfig
+
+
+def build_sampler(policy: Any, config: SamplerConfig, *, seed: int) -> ChunkSampler:
+    """`seed`: of the first weights of a noise head. Raises TypeError where the policy lacks what the sampler needs."""
+    if isinstance(config, FlowSamplerConfig):
+        return flow_sampler(policy, config, seed=seed)
+    if isinstance(config, FPOConfig):
+        require(policy, FlowPolicy, by="FPO")
+        return FPOSampler(policy, config)
+    require(policy, GaussianPolicy, by="the Gaussian sampler")
+    return GaussianSampler(policy, config.scored_horizon)
+
+
+def build_learner(
+    sampler: ChunkSampler,
+    config: AlgorithmConfig,
+    *,
+    step_weighting: DenoisingDiscount | None = None,
+    demos: DemoSource | None = None,
+) -> PPO | GRPO:
+    """The algorithm of `config` on the policy inside `sampler`."""
+    algorithm = PPO if isinstance(config, PPOConfig) else GRPO
+    return algorithm(sampler, config, demos=demos, step_weighting=step_weighting)  # pyright: ignore[reportArgumentType]

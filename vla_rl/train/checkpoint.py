@@ -1,0 +1,47 @@
+"""State files: everything that a run needs to go on, written so that a kill at any moment leaves a whole one.
+
+They are torch files, read with the restricted unpickler, which builds tensors and plain containers and calls nothing.
+Policies are kept apart, as safetensors (`vla_rl.policies.checkpoints`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class CheckpointError(ValueError):
+    """A state file cannot be read, or belongs to another run."""
+
+
+def save_state(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Replace `path` atomically by `state`: nested dicts and lists of tensors and plain values.
+
+    Raises OSError (a full disk) with the former file untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_state(path: str | Path) -> dict[str, Any]:
+    """What `save_state` wrote, on the CPU. Raises CheckpointError for a file that is damaged or holds anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such state file; start this run without resuming")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds for a file cut short
+        raise CheckpointError(f"{path}: cannot be read ({error}); delete it to start this stage again") from error

@@ -1,0 +1,191 @@
+"""The on-policy training loop: collect, update, log, evaluate, save; until done, or Ctrl-C.
+
+A run that was killed at any moment and resumed ends, on a CPU, with the same parameters bit for bit as one that was
+not: the simulator's state and every random generator are in the state file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.flow.config import FlowSamplerConfig
+from vla_rl.onpolicy.build import AlgorithmConfig, SamplerConfig, build_learner, build_sampler
+from vla_rl.onpolicy.dppo import DenoisingDiscount
+from vla_rl.onpolicy.ppo import PPOConfig
+from vla_rl.policies.checkpoints.config_json import config_to_dict
+from vla_rl.policies.checkpoints.native import save_policy
+from vla_rl.protocols import Learner
+from vla_rl.rollout.collector import RolloutCollector
+from vla_rl.train.checkpoint import CheckpointError, load_state, save_state
+from vla_rl.train.demo_source import DatasetDemos
+from vla_rl.train.divergence import DivergenceError
+from vla_rl.train.interrupt import StopOnInterrupt
+from vla_rl.train.metrics import Metrics, MetricsLogger, Progress
+
+STATE_FILE, POLICY_FOLDER, DIVERGED_FILE = "train_state.pt", "policy", "diverged_batch.safetensors"
+_MAY_CHANGE = ("num_iterations", "eval_interval", "checkpoint_interval")  # across a resume
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """On-policy reinforcement learning of a policy.
+
+    `num_envs` environments execute `execution_horizon` steps of each chunk. `algorithm`: PPO or GRPO; its seed decides
+    the whole stage. `sampler`: how the policy explores. `freeze_encoder`: features are computed once a decision and
+    kept through the update. `eval_interval`: iterations between evaluations (0: none), `checkpoint_interval` between
+    saves; both also happen at the end.
+    """
+
+    num_iterations: int = 100
+    num_envs: int = 64
+    execution_horizon: int = 4
+    algorithm: AlgorithmConfig = field(default_factory=PPOConfig)
+    sampler: SamplerConfig = field(default_factory=FlowSamplerConfig)
+    step_weighting: DenoisingDiscount | None = None
+    freeze_encoder: bool = True
+    eval_interval: int = 0
+    checkpoint_interval: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("num_iterations", "num_envs", "execution_horizon", "checkpoint_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """`num_iterations` done so far; `finished` is False after Ctrl-C. `policy_folder` loads with `load_policy`."""
+
+    num_iterations: int
+    finished: bool
+    policy_folder: Path
+    wall_s: float
+
+
+class Trainer:
+    """What one on-policy run consists of: the policy, who collects with it and who improves it."""
+
+    def __init__(
+        self, policy: nn.Module, env: ChunkedEnv, config: TrainConfig, demos: DatasetDemos | None = None
+    ) -> None:
+        self.policy: Any = policy
+        self.config, self.spec = config, env.spec
+        if config.freeze_encoder and hasattr(policy, "freeze_encoder"):
+            self.policy.freeze_encoder()
+        seed = config.algorithm.seed
+        self._demos = demos
+        sampler = build_sampler(policy, config.sampler, seed=seed)
+        self.learner: Learner = build_learner(
+            sampler, config.algorithm, step_weighting=config.step_weighting, demos=demos
+        )
+        device = next(iter(self.policy.parameters())).device
+        self._collector = RolloutCollector(
+            env, sampler, execution_horizon=config.execution_horizon, seed=seed, device=device
+        )
+        self.num_iterations = 0
+
+    def iterate(self) -> Metrics:
+        """Collect and update once."""
+        start = time.monotonic()
+        metrics = self.learner.iterate(self._collector)
+        self.num_iterations += 1
+        return metrics | {"update/iteration_s": time.monotonic() - start}
+
+    def save(self, run_dir: Path) -> None:
+        """The policy for whoever uses it, then the state to go on from."""
+        metadata = {"iterations": self.num_iterations}
+        save_policy(self.policy, run_dir / POLICY_FOLDER, spec=self.spec, metadata=metadata)
+        state = {
+            "config": config_to_dict(self.config),
+            "num_iterations": self.num_iterations,
+            "learner": self.learner.state_dict(),
+            "collector": self._collector.state_dict(),
+            "demos": None if self._demos is None else self._demos.state_dict(),
+        }
+        save_state(run_dir / STATE_FILE, state)
+
+    def load(self, run_dir: Path) -> None:
+        """Go on from `run_dir`. Raises CheckpointError where the stored run has another configuration."""
+        state = load_state(run_dir / STATE_FILE)
+        stored, here = state["config"], config_to_dict(self.config)
+        changed = [k for k in here if k not in _MAY_CHANGE and stored.get(k) != here[k]]
+        if changed:
+            changes = ", ".join(f"{k}: {stored.get(k)} -> {here[k]}" for k in changed)
+            raise CheckpointError(
+                f"{run_dir}: the stored run has another configuration ({changes}); resume with its own"
+            )
+        self.learner.load_state_dict(state["learner"])
+        self._collector.load_state_dict(state["collector"])
+        if self._demos is not None:
+            self._demos.load_state_dict(state["demos"])
+        self.num_iterations = int(state["num_iterations"])
+
+
+def run_training(
+    policy: nn.Module,
+    env: ChunkedEnv,
+    config: TrainConfig,
+    run_dir: str | Path,
+    *,
+    resume: bool = False,
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    demos: DatasetDemos | None = None,
+    tensorboard: bool = True,
+) -> TrainResult:
+    """Improve `policy` in place in `env` (with auto-reset); at the end it is what lies in `run_dir/policy`.
+
+    `evaluate()` gives metrics of the policy as it is, every `eval_interval` iterations. Ctrl-C stops after the running
+    iteration, saves, and returns with `finished` False. `resume=True` goes on from `run_dir`, or starts where nothing
+    was saved. Raises FileExistsError where a run would be overwritten, CheckpointError where the stored run is another,
+    DivergenceError for a loss that is not finite: its batch is then in `run_dir/diverged_batch.safetensors`, and the
+    last checkpoint is untouched.
+    """
+    run_dir, begin = Path(run_dir), time.monotonic()
+    trainer = Trainer(policy, env, config, demos)
+    if (run_dir / STATE_FILE).exists():
+        if not resume:
+            raise FileExistsError(
+                f"{run_dir / STATE_FILE} holds a run already; resume it, or choose another run folder"
+            )
+        trainer.load(run_dir)
+    first = trainer.num_iterations
+    progress = Progress(max(config.num_iterations, 1), "rl", unit="iterations", initial=first)
+    resume_after = first if resume else None
+    with StopOnInterrupt() as stop, MetricsLogger(run_dir, resume_after=resume_after, tensorboard=tensorboard) as log:
+        while trainer.num_iterations < config.num_iterations and not stop.requested:
+            metrics = _iterate_or_dump(trainer, run_dir)
+            done = trainer.num_iterations
+            if evaluate is not None and _is_due(done, config.eval_interval, config.num_iterations):
+                metrics |= evaluate()
+            log.log(done, metrics)
+            progress.update(done, success=metrics.get("rollout/success_rate", float("nan")))
+            if _is_due(done, config.checkpoint_interval, config.num_iterations):
+                trainer.save(run_dir)
+        trainer.save(run_dir)
+    finished = trainer.num_iterations >= config.num_iterations
+    return TrainResult(trainer.num_iterations, finished, run_dir / POLICY_FOLDER, time.monotonic() - begin)
+
+
+def _is_due(done: int, interval: int, total: int) -> bool:
+    return interval > 0 and (done % interval == 0 or done == total)
+
+
+def _iterate_or_dump(trainer: Trainer, run_dir: Path) -> Metrics:
+    try:
+        return trainer.iterate()
+    except DivergenceError as error:
+        path = error.dump(run_dir / DIVERGED_FILE)
+        last = run_dir / STATE_FILE
+        kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
+        error.add_note(f"batch written to {path}; {kept}")
+        raise
+
+
+__all__ = ["TrainConfig", "TrainResult", "Trainer", "run_training"]

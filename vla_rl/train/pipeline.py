@@ -1,0 +1,208 @@
+"""All stages of a recipe in one folder: demonstrations, SFT, RL, evaluation, report; optionally the negative control.
+
+demos/                 LeRobot dataset
+sft/ rl/ control/      metrics, checkpoints and policy of each training
+evaluation/<who>/      episodes, rates and videos
+summary.json           rates with intervals, seconds by stage, peak memory
+report.html            all of it for people
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vla_rl.data.lerobot_format import atomic_write_json
+from vla_rl.evaluation.report import Curve, ReportData, ReportRow, video_pairs, write_report
+from vla_rl.evaluation.result import EvalResult
+from vla_rl.rollout.recorder import Recording
+from vla_rl.train.loop import POLICY_FOLDER
+from vla_rl.train.recipe import Recipe
+from vla_rl.train.run_folder import (
+    CONFIG_FILE,
+    DIFF_FILE,
+    PROVENANCE_FILE,
+    RunFolderError,
+    open_run_folder,
+)
+from vla_rl.train.stages import evaluate_expert, evaluate_stage, fine_tune, record_demos, reinforce
+
+SUMMARY_FILE, REPORT_FILE, STAGES_FILE = "summary.json", "report.html", "stages.json"
+_ROLES = {"sft": "baseline", "rl": "trained", "control": "control", "expert": "expert"}
+_NOTES = {
+    "sft": "supervised fine-tuning on the demonstrations",
+    "rl": "reinforcement learning from there",
+    "control": "the same on shuffled advantages: must not learn",
+    "expert": "scripted, sees the simulator's state",
+}
+
+
+class Interrupted(RuntimeError):
+    """Ctrl-C stopped a stage after it had saved."""
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """`summary`: what `summary.json` holds."""
+
+    run_dir: Path
+    summary: dict[str, Any]
+
+
+class Stages:
+    """Which stages of a run are done and how long they took, over all the processes that worked on it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = run_dir / STAGES_FILE
+        stored = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self.wall_s: dict[str, float] = stored.get("wall_s", {})
+        self.done: list[str] = stored.get("done", [])
+        self.peak_rss_mb: float = stored.get("peak_rss_mb", 0.0)
+
+    def run(self, name: str, stage: Callable[[], Any]) -> None:
+        """Do `stage` unless it is done. Time of an interrupted attempt counts too."""
+        if name in self.done:
+            return
+        print(f"\n== {name} ==", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        try:
+            result = stage()
+            if getattr(result, "finished", True):
+                self.done.append(name)
+        finally:
+            self.wall_s[name] = self.wall_s.get(name, 0.0) + time.monotonic() - start
+            self.peak_rss_mb = max(self.peak_rss_mb, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            state = {"done": self.done, "wall_s": self.wall_s, "peak_rss_mb": self.peak_rss_mb}
+            atomic_write_json(self._file, state)
+        if name not in self.done:
+            raise Interrupted(f"stopped in stage {name}; everything is saved, add --resume to go on")
+
+
+def run_pipeline(
+    recipe: Recipe, run_dir: str | Path, *, name: str, resume: bool = False, control: bool = False
+) -> PipelineResult:
+    """Run what is not done yet, and write summary and report.
+
+    A finished run in `run_dir` is kept: it is moved aside, and a new one begins. `control` adds the stage that trains
+    on shuffled advantages. Raises RunFolderError where an unfinished run is there and `resume` is not set, and
+    Interrupted after Ctrl-C.
+    """
+    run_dir = Path(run_dir)
+    _set_aside_if_finished(run_dir, control)
+    open_run_folder(run_dir, recipe, resume=resume)
+    stages = Stages(run_dir)
+    demos, sft, rl = run_dir / "demos", run_dir / "sft", run_dir / "rl"
+    stages.run("demonstrations", lambda: record_demos(recipe, demos))
+    stages.run("sft", lambda: fine_tune(recipe, demos, sft, resume=True))
+    start = sft / POLICY_FOLDER
+    stages.run("rl", lambda: reinforce(recipe, start, rl, resume=True, dataset_path=demos))
+    if control:
+        shuffled, folder = recipe.control(), run_dir / "control"
+        stages.run("control", lambda: reinforce(shuffled, start, folder, resume=True, dataset_path=demos))
+    stages.run("evaluation", lambda: _evaluate_all(recipe, run_dir, ["sft", "rl"]))
+    if control:
+        stages.run("control evaluation", lambda: _evaluate_all(recipe, run_dir, ["control"]))
+    summary = _summarise(run_dir, stages, report_s=0.0)
+    began = time.monotonic()
+    _report(recipe, run_dir, stages, name)
+    summary = _summarise(run_dir, stages, report_s=time.monotonic() - began)
+    return PipelineResult(run_dir, summary)
+
+
+def _set_aside_if_finished(run_dir: Path, control: bool) -> None:
+    stages = Stages(run_dir)
+    wanted = {"evaluation", "control evaluation"} if control else {"evaluation"}
+    if not (run_dir / CONFIG_FILE).exists() or not wanted <= set(stages.done):
+        return
+    number = 1
+    while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    run_dir.rename(aside)
+    print(f"the finished run in {run_dir} is now {aside}", file=sys.stderr)
+
+
+def _evaluate_all(recipe: Recipe, run_dir: Path, policies: list[str]) -> None:
+    """The same episodes for all; recordings are listed beside the results."""
+    for who in policies:
+        out = run_dir / "evaluation" / who
+        _, recordings = evaluate_stage(recipe, run_dir / who / POLICY_FOLDER, out, label=who)
+        films = [
+            {"seed": r.seed, "path": str(r.path.relative_to(run_dir)), "instruction": r.instruction,
+             "success": r.success, "num_frames": r.num_frames}
+            for r in recordings.values()
+        ]  # fmt: skip
+        atomic_write_json(out / "recordings.json", {"recordings": films})
+    if "sft" in policies:
+        evaluate_expert(recipe, recipe.evaluation).save(run_dir / "evaluation" / "expert")
+
+
+def _results(run_dir: Path) -> dict[str, EvalResult]:
+    folder = run_dir / "evaluation"
+    return {who: EvalResult.load(folder / who) for who in _ROLES if (folder / who).exists()}
+
+
+def _summarise(run_dir: Path, stages: Stages, report_s: float) -> dict[str, Any]:
+    wall_s = {name: round(seconds, 2) for name, seconds in stages.wall_s.items()} | {"report": round(report_s, 2)}
+    summary = {who: result.success_once.as_dict() for who, result in _results(run_dir).items()}
+    summary |= {"wall_s": wall_s, "total_s": round(sum(wall_s.values()), 2), "peak_rss_mb": round(stages.peak_rss_mb)}
+    atomic_write_json(run_dir / SUMMARY_FILE, summary)
+    return summary
+
+
+def _recordings(run_dir: Path, who: str) -> dict[int, Recording]:
+    listed = json.loads((run_dir / "evaluation" / who / "recordings.json").read_text())["recordings"]
+    return {r["seed"]: Recording(**(r | {"path": run_dir / r["path"]})) for r in listed}
+
+
+def _report(recipe: Recipe, run_dir: Path, stages: Stages, name: str) -> Path:
+    rows = tuple(
+        ReportRow(who.upper() if who in ("sft", "rl") else who, _ROLES[who], result, _NOTES[who])  # pyright: ignore
+        for who, result in _results(run_dir).items()
+    )
+    curves = tuple(
+        Curve(label, role, run_dir / folder)  # pyright: ignore
+        for label, role, folder in (
+            ("SFT", "baseline", "sft"),
+            ("RL", "trained", "rl"),
+            ("control", "control", "control"),
+        )
+        if (run_dir / folder).exists()
+    )
+    provenance = json.loads((run_dir / PROVENANCE_FILE).read_text())
+    texts = {key: _text(value) for key, value in provenance.items() if value}
+    texts["configuration"] = (run_dir / CONFIG_FILE).read_text()
+    difference = (run_dir / DIFF_FILE).read_text()
+    texts |= {"uncommitted changes": difference} if difference else {}
+    return write_report(
+        run_dir / REPORT_FILE,
+        ReportData(
+            title=f"{name}: {recipe.env.task}",
+            rows=rows,
+            command=provenance["command"],
+            description=_describe_episodes(recipe),
+            curves=curves,
+            videos=video_pairs(_recordings(run_dir, "sft"), _recordings(run_dir, "rl")),
+            stage_wall_s=stages.wall_s,
+            provenance=texts,
+        ),
+    )
+
+
+def _describe_episodes(recipe: Recipe) -> str:
+    n, split = recipe.evaluation.num_episodes, recipe.evaluation.split
+    if split == "train":
+        return f"{n} episodes of the training's own split: customary for some benchmarks, and not held out."
+    return f"Every policy on the same {n} episodes of the split {split!r}, which no stage of the training has seen."
+
+
+def _text(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+__all__ = ["Interrupted", "PipelineResult", "RunFolderError", "run_pipeline"]

@@ -1,0 +1,92 @@
+"""A recipe: everything that decides a run, from demonstrations to the evaluation, in one frozen config.
+
+Recipes are made by the functions in `vla_rl.configs`; the command line changes any field.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from vla_rl.data.demos import Keep
+from vla_rl.envs.config import EnvConfig
+from vla_rl.policies.build import PolicyConfig
+from vla_rl.policies.tiny import TinyVLAConfig
+from vla_rl.sim.experts import ExpertConfig
+from vla_rl.sim.tasks.base import SPLITS
+from vla_rl.train.loop import TrainConfig
+from vla_rl.train.sft import SFTConfig
+
+Normalization = Literal["mean_std", "quantiles", "min_max", "identity"]
+
+
+@dataclass(frozen=True)
+class DemosConfig:
+    """`num_episodes` of the scripted expert in the split "train", `num_envs` at a time. `keep`: "all" or "success".
+    `seed`: chooses the episodes."""
+
+    num_episodes: int = 300
+    num_envs: int = 32
+    keep: Keep = "success"
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Episodes `first_seed`, ..., `first_seed + num_episodes - 1` of `split`, of each of `tasks` (none: the recipe's).
+
+    `num_envs` changes the speed and nothing else. `num_videos` of the episodes are filmed.
+    """
+
+    num_episodes: int = 256
+    split: str = "test"
+    tasks: tuple[str, ...] = ()
+    first_seed: int = 0
+    num_envs: int = 64
+    policy_batch_size: int = 64
+    noise_seed: int = 0
+    num_videos: int = 6
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ValueError(f"split {self.split!r} is unknown; use one of {', '.join(SPLITS)}")
+        if self.num_episodes < 1:
+            raise ValueError(f"num_episodes is {self.num_episodes}, expected at least 1")
+
+    @property
+    def seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.num_episodes)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`policy`: sizes left at 0 are the environment's. `state_normalization`, `action_normalization`: from the
+    statistics of the demonstrations. `device`: where policies live; "auto" is a GPU where there is one.
+    `torch_threads`: one is fastest for small networks, many times so on busy cores."""
+
+    env: EnvConfig = field(default_factory=EnvConfig)
+    demos: DemosConfig = field(default_factory=DemosConfig)
+    policy: PolicyConfig = field(default_factory=TinyVLAConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    state_normalization: Normalization = "mean_std"
+    action_normalization: Normalization = "min_max"
+    device: str = "auto"
+    torch_threads: int = 1
+
+    def with_seed(self, seed: int) -> Recipe:
+        """The same with another seed in every stage; the evaluation's episodes stay."""
+        algorithm = replace(self.train.algorithm, seed=seed)
+        return replace(
+            self,
+            demos=replace(self.demos, seed=seed),
+            sft=replace(self.sft, seed=seed),
+            train=replace(self.train, algorithm=algorithm),
+        )
+
+    def control(self) -> Recipe:
+        """The negative control: the same reinforcement learning on advantages that were shuffled."""
+        algorithm = replace(self.train.algorithm, shuffle_advantages=True)
+        return replace(self, train=replace(self.train, algorithm=algorithm))

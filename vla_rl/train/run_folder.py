@@ -1,0 +1,111 @@
+"""The folder of a run: what was run, with what, from which source, so that it can be repeated.
+
+`config.json` (resolved), `provenance.json` (command, versions, git revision, hardware), `source.diff` (what was not
+committed), and beside them what the stages write.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vla_rl.data.lerobot_format import atomic_write, atomic_write_json
+from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
+
+CONFIG_FILE, PROVENANCE_FILE, DIFF_FILE = "config.json", "provenance.json", "source.diff"
+_PACKAGES = ("vla-rl", "torch", "numpy", "mujoco", "mujoco-warp", "gymnasium", "pyarrow", "safetensors")
+ConfigT = TypeVar("ConfigT")
+
+
+class RunFolderError(ValueError):
+    """A run folder holds another run, or none."""
+
+
+def open_run_folder(path: str | Path, config: Any, *, resume: bool) -> Path:
+    """Make the folder of a new run, or open that of one to go on with.
+
+    Raises RunFolderError where a run is there and `resume` is not set, and where the stored config is another.
+    """
+    path = Path(path)
+    if (path / CONFIG_FILE).exists():
+        if not resume:
+            raise RunFolderError(
+                f"{path} holds a run already; add --resume to go on with it, or choose another --run-dir"
+            )
+        changed = _changes("", json.loads((path / CONFIG_FILE).read_text()), config_to_dict(config))
+        if changed:
+            raise RunFolderError(
+                f"{path} holds a run with another configuration: {'; '.join(changed[:8])}. "
+                "Go on with its own, or choose another --run-dir"
+            )
+        return path
+    path.mkdir(parents=True, exist_ok=True)
+    revision = describe_source()
+    atomic_write(path / DIFF_FILE, revision.pop("diff").encode())
+    provenance = {"command": shlex.join(["vla-rl", *sys.argv[1:]]), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    atomic_write_json(path / PROVENANCE_FILE, provenance | revision | describe_machine())
+    atomic_write_json(path / CONFIG_FILE, config_to_dict(config))
+    return path
+
+
+def read_config(path: str | Path, config_class: type[ConfigT]) -> ConfigT:
+    """The config of the run in `path`. Raises RunFolderError where there is none or it cannot be read."""
+    file = Path(path) / CONFIG_FILE
+    if not file.is_file():
+        raise RunFolderError(f"{path} holds no {CONFIG_FILE}; expected the folder of a run")
+    try:
+        return config_from_dict(config_class, json.loads(file.read_text()), where=str(file))
+    except ValueError as error:
+        raise RunFolderError(f"{file}: {error}") from error
+
+
+def describe_source() -> dict[str, str]:
+    """Git revision of the source tree, whether it was changed, and the difference; empty outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        return done.stdout if done.returncode == 0 else ""
+
+    if git("rev-parse", "--show-toplevel").strip() != str(root):
+        return {"revision": "", "diff": ""}
+    diff = git("diff", "HEAD")
+    return {"revision": git("rev-parse", "HEAD").strip() + ("+changes" if diff else ""), "diff": diff}
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions and hardware."""
+    import torch
+
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def _changes(where: str, stored: Any, here: Any) -> list[str]:
+    if isinstance(stored, dict) and isinstance(here, dict):
+        names = list(dict.fromkeys([*stored, *here]))
+        return [c for n in names for c in _changes(f"{where}.{n}".lstrip("."), stored.get(n), here.get(n))]
+    return [] if stored == here else [f"{where} was {stored!r} and is {here!r}"]

@@ -1,0 +1,175 @@
+"""The stages of a recipe, each a function from folders to folders; every one goes on where a killed one stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vla_rl.data.chunks import ChunkDataset
+from vla_rl.data.demos import DemoSummary, collect_demos
+from vla_rl.data.lerobot_reader import LeRobotDataset
+from vla_rl.data.normalization import Normalizer
+from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.evaluation.evaluate import evaluate, evaluate_controller
+from vla_rl.evaluation.result import EvalResult
+from vla_rl.policies.build import build_policy
+from vla_rl.policies.checkpoints.native import load_policy
+from vla_rl.rollout.recorder import EpisodeRecorder, Recording
+from vla_rl.sim.experts import ScriptedExpert
+from vla_rl.train.demo_source import DatasetDemos
+from vla_rl.train.loop import TrainResult, run_training
+from vla_rl.train.recipe import EvalConfig, Recipe
+from vla_rl.train.sft import DatasetSampler, SFTResult, run_sft
+
+_CURVE_EPISODES = 64
+_CURVE_FIRST_SEED = 10**9  # the curve's episodes are none of the final evaluation's
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Raises ValueError where the recipe wants a GPU and there is none."""
+    if recipe.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(recipe.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {recipe.device!r}, and torch sees no GPU; use --device auto")
+    return device
+
+
+def record_demos(recipe: Recipe, path: Path) -> DemoSummary:
+    """Demonstrations of the scripted expert as a LeRobot dataset."""
+    config = recipe.demos
+    env = recipe.env.make(config.num_envs, split="train")
+    first = config.seed * 10**6
+    seeds = range(first, first + (config.num_episodes if config.keep == "all" else 10 * config.num_episodes))
+    try:
+        return collect_demos(
+            env, ScriptedExpert(env, config.expert), path, config.num_episodes, seeds, keep=config.keep
+        )
+    finally:
+        env.close()
+
+
+def fine_tune(recipe: Recipe, dataset_path: Path, run_dir: Path, *, resume: bool) -> SFTResult:
+    """A new policy, fitted to the dataset."""
+    env = recipe.env.make(1, split="train")
+    spec = env.spec
+    env.close()
+    dataset = LeRobotDataset(dataset_path)
+    policy: Any = build_policy(recipe.policy, spec, seed=recipe.sft.seed, device=device_of(recipe))
+    policy.set_normalization(
+        Normalizer.from_stats(dataset.stats["observation.state"], recipe.state_normalization),
+        Normalizer.from_stats(dataset.stats["action"], recipe.action_normalization),
+    )
+    cameras = tuple(getattr(policy.config, "cameras", ()))
+    chunks = ChunkDataset(dataset, policy.action_horizon, cameras=cameras)
+    sampler = DatasetSampler(chunks, recipe.sft.batch_size, recipe.sft.seed)
+    return run_sft(policy, sampler, recipe.sft, run_dir, resume=resume, spec=spec)
+
+
+def reinforce(
+    recipe: Recipe, policy_folder: Path, run_dir: Path, *, resume: bool, dataset_path: Path | None = None
+) -> TrainResult:
+    """On-policy RL of a stored policy. `dataset_path`: for a behaviour-cloning term."""
+    config = recipe.train
+    env = recipe.env.make(config.num_envs, split="train", auto_reset=True, final_images=True)
+    policy: Any = load_policy(policy_folder, device=device_of(recipe), spec=env.spec)
+    demos = None
+    if config.algorithm.actor.bc_coef > 0.0:
+        if dataset_path is None:
+            raise ValueError("bc_coef > 0 needs demonstrations; give --dataset")
+        cameras = tuple(getattr(policy.config, "cameras", ()))
+        chunks = ChunkDataset(LeRobotDataset(dataset_path), policy.action_horizon, cameras=cameras)
+        demos = DatasetDemos(chunks, policy, config.algorithm.seed)
+    try:
+        return run_training(
+            policy, env, config, run_dir, resume=resume, evaluate=_curve_metrics(recipe, policy), demos=demos
+        )
+    finally:
+        env.close()
+
+
+def _curve_metrics(recipe: Recipe, policy: Any) -> Callable[[], dict[str, float]]:
+    """The deployed policy's success on a few held-out episodes, for the learning curve."""
+    config = replace(recipe.evaluation, num_episodes=_CURVE_EPISODES, first_seed=_CURVE_FIRST_SEED, num_videos=0)
+
+    def measure() -> dict[str, float]:
+        rate = evaluate_policy(recipe, policy, config, progress=False).success_once
+        return {"eval/success_rate": rate.rate, "eval/success_rate_low": rate.low, "eval/success_rate_high": rate.high}
+
+    return measure
+
+
+def evaluate_policy(
+    recipe: Recipe,
+    policy: Any,
+    config: EvalConfig,
+    *,
+    recorders: Sequence[EpisodeRecorder] = (),
+    progress: bool = True,
+    label: str = "",
+) -> EvalResult:
+    """All tasks of `config`, one after the other. `recorders`: one a task, or none."""
+    results = []
+    for i, task in enumerate(config.tasks or (recipe.env.task,)):
+        result = evaluate(
+            policy,
+            _maker(recipe, config, task),
+            config.seeds,
+            execution_horizon=recipe.train.execution_horizon,
+            num_envs=config.num_envs,
+            policy_batch_size=config.policy_batch_size,
+            noise_seed=config.noise_seed,
+            record=recorders[i] if recorders else None,
+            config={"split": config.split, "policy": label},
+            progress=progress,
+        )
+        results.append(result)
+    return results[0] if len(results) == 1 else EvalResult.merge(results)
+
+
+def _maker(recipe: Recipe, config: EvalConfig, task: str) -> Callable[[int], ChunkedEnv]:
+    return lambda n: recipe.env.make(n, split=config.split, task=task)
+
+
+def evaluate_expert(recipe: Recipe, config: EvalConfig) -> EvalResult:
+    """The scripted expert at its best on the same episodes: the upper end of a report."""
+    blind = replace(recipe, env=replace(recipe.env, cameras=()))
+    results = [
+        evaluate_controller(
+            _maker(blind, config, task),
+            ScriptedExpert,
+            config.seeds,
+            num_envs=config.num_envs,
+            config={"split": config.split, "policy": "expert"},
+        )
+        for task in config.tasks or (recipe.env.task,)
+    ]
+    return results[0] if len(results) == 1 else EvalResult.merge(results)
+
+
+def evaluate_stage(
+    recipe: Recipe, policy_folder: Path, out: Path, *, label: str
+) -> tuple[EvalResult, dict[int, Recording]]:
+    """Evaluate a stored policy, save the result in `out` and its videos in `out/videos`.
+
+    Returns the result and the recordings of the first task, by seed.
+    """
+    config = recipe.evaluation
+    policy = load_policy(policy_folder, device=device_of(recipe))
+    filmed = list(config.seeds)[: config.num_videos]
+    control_hz = 20.0
+    tasks = config.tasks or (recipe.env.task,)
+    recorders = [EpisodeRecorder(out / "videos" / task, filmed, control_hz) for task in tasks] if filmed else []
+    result = evaluate_policy(recipe, policy, config, recorders=recorders, label=label)
+    result.save(out)
+    return result, dict(recorders[0].recordings) if recorders else {}
+
+
+__all__ = [
+    "device_of", "evaluate_expert", "evaluate_policy", "evaluate_stage", "fine_tune", "record_demos",
+    "reinforce",
+]  # fmt: skip
