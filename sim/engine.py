@@ -108,6 +108,11 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+def _ascending(sim_ids: Tensor) -> np.ndarray:
+    """Ids as `mujoco.batch` insists on them: sorted, each once. What is asked of a simulation depends on no order."""
+    return np.unique(sim_ids.numpy())
+
+
 def default_num_threads() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -167,11 +172,11 @@ class CpuEngine:
 
     def forward(self, sim_ids: Tensor) -> None:
         if len(sim_ids):
-            self._batch.forward(sim_ids.numpy(), mujoco.mjtStage.mjSTAGE_POS)
+            self._batch.forward(_ascending(sim_ids), mujoco.mjtStage.mjSTAGE_POS)
 
     def reset(self, sim_ids: Tensor) -> None:
         if len(sim_ids):
-            self._batch.reset(sim_ids.numpy(), 0, mujoco.mjtStage.mjSTAGE_NONE)
+            self._batch.reset(_ascending(sim_ids), 0, mujoco.mjtStage.mjSTAGE_NONE)
 
     def model_field(self, name: str) -> Tensor:
         """See `Engine.model_field`. Raises ValueError where the model has no such field."""
@@ -192,7 +197,7 @@ class CpuEngine:
 
     def refresh_constants(self, sim_ids: Tensor) -> None:
         if len(sim_ids):
-            self._batch.set_const(sim_ids.numpy())
+            self._batch.set_const(_ascending(sim_ids))
 
     def state_dict(self) -> dict[str, Any]:
         fields = {name: value.clone() for name, value in self._fields.items()}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from vla_rl.envs.tabletop import TabletopEnv
 from vla_rl.sim.arm import FINGER_TRAVEL, HOME
 from vla_rl.sim.engine import CpuEngine, Engine
 from vla_rl.sim.scene import Block, Drawer, Scene, build_scene
@@ -173,3 +174,29 @@ def test_divergence_is_an_error_that_names_the_simulation(scene: Scene) -> None:
 def test_num_sims_must_be_positive(scene: Scene) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         CpuEngine(scene.model, 0)
+
+
+def test_simulations_may_be_named_in_any_order(scene: Scene) -> None:
+    engine, expected = CpuEngine(scene.model, 4), CpuEngine(scene.model, 4)
+    for e, ids in ((engine, [3, 0, 3, 2]), (expected, [0, 2, 3])):
+        _place(e, scene)
+        _wiggle(e, 3)
+        e.reset(torch.tensor(ids))
+        e.model_field("body_mass")[:] *= 1.5
+        e.refresh_constants(torch.tensor(ids))
+        e.forward(torch.tensor(ids))
+    for got, want in zip(_everything(engine), _everything(expected), strict=True):
+        assert torch.equal(got, want)
+    assert torch.allclose(engine.qpos[3, list(scene.arm_qpos)], torch.tensor(HOME, dtype=torch.float64), atol=1e-12)
+    assert (engine.qvel[1] != 0).any()
+    assert (engine.qvel[3] == 0).all()
+
+
+def test_environments_may_be_reset_in_any_order() -> None:
+    env, expected = TabletopEnv("reach", 4), TabletopEnv("reach", 4)
+    env.reset(torch.tensor([2, 0, 3, 1]), torch.tensor([12, 10, 13, 11]))
+    expected.reset(torch.arange(4), torch.tensor([10, 11, 12, 13]))
+    assert env.instructions == expected.instructions
+    assert torch.equal(env.engine.qpos, expected.engine.qpos)
+    assert torch.equal(env.engine.mocap_pos, expected.engine.mocap_pos)
+    assert torch.equal(env.engine.xpos, expected.engine.xpos)
