@@ -1,0 +1,210 @@
+"""A whole run as users start it: all stages, killed at any moment, interrupted, resumed, repeated, wrongly called."""
+
+import json
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.unit.killable import Killable
+from vla_rl.cli import main
+from vla_rl.configs import RECIPES, get_recipe
+from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
+from vla_rl.policies.checkpoints.native import load_policy
+from vla_rl.train.pipeline import run_pipeline
+from vla_rl.train.recipe import Recipe
+
+
+def small_recipe() -> Recipe:
+    recipe = get_recipe("demo_smoke")
+    return replace(
+        recipe,
+        env=replace(recipe.env, image_size=32),
+        policy=replace(recipe.policy, image_size=32),
+        demos=replace(recipe.demos, num_episodes=6),
+        sft=replace(recipe.sft, num_updates=8, batch_size=8, checkpoint_interval=3, log_interval=2),
+        train=replace(recipe.train, num_iterations=6, num_envs=4, checkpoint_interval=2, eval_interval=0),
+        evaluation=replace(recipe.evaluation, num_episodes=4, num_videos=1),
+    )
+
+
+def run_all(run_dir):
+    """What the killed process does."""
+    torch.set_num_threads(1)
+    run_pipeline(small_recipe(), run_dir, name="small", resume=True)
+
+
+@pytest.fixture(scope="module")
+def killable(tmp_path_factory):
+    with Killable(__file__, tmp_path_factory.mktemp("killable")) as processes:
+        yield processes
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, killable):
+    run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    killable.start("run_all", str(run_dir))
+    assert killable.wait() == 0, killable.output()
+    return run_dir
+
+
+def metrics_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.endswith(("time_s", "iteration_s", "samples_per_s"))} for row in rows]
+
+
+def test_a_run_killed_at_any_moment_ends_as_an_uninterrupted_one(tmp_path, killable, uninterrupted):
+    """kill -9 after random delays until the run is through; parameters, metrics and episodes are the same bit for bit."""
+    run_dir, rng, kills = tmp_path / "killed", random.Random(0), 0
+    for delay_s in [rng.uniform(0.3, 2.5) for _ in range(5)] + [60.0]:
+        killable.start("run_all", str(run_dir))
+        deadline = time.monotonic() + delay_s
+        while time.monotonic() < deadline and not (run_dir / "summary.json").exists():
+            time.sleep(0.01)
+        if (run_dir / "summary.json").exists():
+            assert killable.wait() == 0, killable.output()
+            break
+        killable.kill()
+        assert killable.wait() == -signal.SIGKILL
+        kills += 1
+    assert kills >= 2
+    for stage in ("sft", "rl"):
+        file = f"{stage}/policy/policy.safetensors"
+        assert (run_dir / file).read_bytes() == (uninterrupted / file).read_bytes(), stage
+        assert metrics_of(run_dir / stage) == metrics_of(uninterrupted / stage)
+    assert metrics_of(run_dir / "rl")[-1]["update/actor_steps"] > 0
+    for who in ("sft", "rl", "expert"):
+        file = f"evaluation/{who}/episodes.jsonl"
+        assert (run_dir / file).read_text() == (uninterrupted / file).read_text()
+
+
+def test_a_run_leaves_what_is_needed_to_repeat_and_to_judge_it(uninterrupted):
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    for who in ("sft", "rl", "expert"):
+        assert summary[who]["n"] == 4
+        assert summary[who]["low"] <= summary[who]["success_rate"] <= summary[who]["high"]
+    assert set(summary["wall_s"]) == {"demonstrations", "sft", "rl", "evaluation", "report"}
+    assert summary["peak_rss_mb"] > 100
+    assert config_from_dict(Recipe, json.loads((uninterrupted / "config.json").read_text())) == small_recipe()
+    provenance = json.loads((uninterrupted / "provenance.json").read_text())
+    assert provenance["versions"]["torch"] == torch.__version__
+    page = (uninterrupted / "report.html").read_text()
+    assert page.count("data:video/mp4") == 2
+    assert "Success on evaluation episodes" not in page  # the recipe asked for no curve
+    before, after = (load_policy(uninterrupted / stage / "policy").state_dict() for stage in ("sft", "rl"))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"expert"}  # the encoder was frozen
+
+
+def test_ctrl_c_saves_and_resume_goes_on(tmp_path, uninterrupted, capsys, monkeypatch):
+    """SIGINT to this very process, at the third iteration."""
+    from vla_rl.train import loop
+
+    iterate, count = loop.Trainer.iterate, []
+
+    def interrupted(trainer):
+        count.append(1)
+        if len(count) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return iterate(trainer)
+
+    monkeypatch.setattr(loop.Trainer, "iterate", interrupted)
+    monkeypatch.setitem(RECIPES, "small", f"{__name__}:small_recipe")
+    command = ["run", "small", "--run-dir", str(tmp_path / "run"), "--resume"]
+    assert main(command) == 130
+    assert "add --resume" in capsys.readouterr().err
+    assert len(metrics_of(tmp_path / "run" / "rl")) == 3
+    assert main(command[:-1]) == 1
+    assert "add --resume to go on" in capsys.readouterr().err
+    assert main(command) == 0
+    file = "rl/policy/policy.safetensors"
+    assert (tmp_path / "run" / file).read_bytes() == (uninterrupted / file).read_bytes()
+
+
+def test_a_finished_run_is_moved_aside_and_never_lost(tmp_path, uninterrupted, monkeypatch):
+    from vla_rl.train.pipeline import _set_aside_if_finished
+
+    run_dir = tmp_path / "run"
+    run_dir.symlink_to(uninterrupted)
+    _set_aside_if_finished(run_dir, control=True)  # the control is still to be done
+    assert run_dir.exists()
+    (tmp_path / "run.1").mkdir()
+    _set_aside_if_finished(run_dir, control=False)
+    assert not run_dir.exists()
+    assert (tmp_path / "run.2" / "report.html").exists()
+
+
+def test_another_configuration_is_not_resumed(tmp_path, uninterrupted, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text((uninterrupted / "config.json").read_text())
+    monkeypatch.setitem(RECIPES, "small", f"{__name__}:small_recipe")
+    command = ["run", "small", "--run-dir", str(tmp_path / "run"), "--resume", "--sft.learning-rate", "0.5"]
+    assert main(command) == 1
+    assert "sft.learning_rate was 0.002 and is 0.5" in capsys.readouterr().err
+
+
+def test_stages_by_hand_and_evaluation_of_a_run(tmp_path, uninterrupted, monkeypatch, capsys):
+    """The commands of the single stages give what the whole run gives; evaluation finds the run's own recipe."""
+    monkeypatch.setitem(RECIPES, "small", f"{__name__}:small_recipe")
+    demos, sft, rl = (str(tmp_path / name) for name in ("demos", "sft", "rl"))
+    assert main(["demos", "small", "--out", demos]) == 0
+    assert main(["sft", "small", "--demos", demos, "--run-dir", sft]) == 0
+    assert main(["train", "small", "--from", f"{sft}/policy", "--run-dir", rl]) == 0
+    for name, folder in (("sft", sft), ("rl", rl)):
+        ours = (tmp_path / name / "policy" / "policy.safetensors").read_bytes()
+        assert ours == (uninterrupted / name / "policy" / "policy.safetensors").read_bytes(), folder
+    assert main(["eval", f"{rl}/policy", "--out", str(tmp_path / "eval"), "--evaluation.num-envs", "3"]) == 0
+    theirs = (uninterrupted / "evaluation" / "rl" / "episodes.jsonl").read_text()
+    assert (tmp_path / "eval" / "episodes.jsonl").read_text() == theirs  # whatever the number of environments
+    capsys.readouterr()
+    assert main(["compare", str(uninterrupted / "evaluation" / "sft"), str(tmp_path / "eval"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["overall"]["first"]["n"] == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        ([], 2, ""),
+        (["trian", "demo"], 2, "did you mean 'train'"),
+        (["run"], 2, "name a recipe first"),
+        (["run", "dmeo", "--run-dir", "x"], 1, "did you mean 'demo'"),
+        (["eval", "nowhere/policy", "--out", "x"], 2, "lies in no run folder"),
+        (["eval", "nowhere/policy", "--recipe", "demo", "--out", "x"], 1, "no such file"),
+        (["train", "demo", "--from", "nowhere", "--run-dir", "RUN"], 1, "no such file"),
+        (["sft", "demo", "--demos", "nowhere", "--run-dir", "RUN"], 1, "nowhere"),
+        (["compare", "nowhere", "x"], 1, "holds no eval.json"),
+        (["run", "demo", "--run-dir", "RUN", "--evaluation.split", "tset"], 2, ""),
+        (["run", "demo", "--run-dir", "RUN", "--env.task", "fly"], 1, "task 'fly' is unknown"),
+    ],
+)
+def test_wrong_calls_say_how_to_do_it(argv, code, message, tmp_path, capsys):
+    argv = [str(tmp_path / "run") if a == "RUN" else a for a in argv]
+    try:
+        result = main(argv)
+    except SystemExit as stop:  # tyro's own way for a wrong option
+        result = stop.code
+    assert result == code
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_named_with_a_suggestion(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "demo", "--run-dir", "x", "--train.num-iteration", "3"])
+    assert stop.value.code == 2
+    assert "--train.num-iterations" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_survives_its_file_and_has_a_description(name):
+    recipe = get_recipe(name)
+    assert config_from_dict(Recipe, json.loads(json.dumps(config_to_dict(recipe)))) == recipe
+    control = recipe.control()
+    assert control.train.algorithm.shuffle_advantages
+    assert replace(control.train.algorithm, shuffle_advantages=False) == recipe.train.algorithm
+    seeded = recipe.with_seed(7)
+    assert (seeded.demos.seed, seeded.sft.seed, seeded.train.algorithm.seed) == (7, 7, 7)
+    assert seeded.evaluation == recipe.evaluation
