@@ -54,11 +54,13 @@ def uninterrupted(tmp_path_factory, killable):
 
 def metrics_of(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.endswith(("time_s", "iteration_s", "samples_per_s"))} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.endswith(("time_s", "iteration_s", "samples_per_s"))} for row in rows
+    ]
 
 
 def test_a_run_killed_at_any_moment_ends_as_an_uninterrupted_one(tmp_path, killable, uninterrupted):
-    """kill -9 after random delays until the run is through; parameters, metrics and episodes are the same bit for bit."""
+    """kill -9 after random delays; in the end parameters, metrics and episodes are the same bit for bit."""
     run_dir, rng, kills = tmp_path / "killed", random.Random(0), 0
     for delay_s in [rng.uniform(0.3, 2.5) for _ in range(5)] + [60.0]:
         killable.start("run_all", str(run_dir))
