@@ -1,0 +1,200 @@
+"""What the learning experiments share: methods times seeds in processes, each resumable; summary and report.
+
+An experiment is a module with `EXPERIMENT`, and runs as `python -m tests.experiments.NAME --seeds 0 1 2`.
+Every method starts from the policy of its seed and is evaluated on the same held-out episodes. The summary says
+whether what is required holds: each trained method's rate at least `required`, each control's at most `control_margin`
+above the start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from vla_rl.data.lerobot_format import atomic_write_json
+from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.evaluation.evaluate import evaluate
+from vla_rl.evaluation.report import Curve, ReportData, ReportRow, write_report
+from vla_rl.evaluation.result import EvalResult
+from vla_rl.policies.checkpoints.config_json import config_to_dict
+from vla_rl.policies.checkpoints.native import load_policy
+from vla_rl.train.loop import POLICY_FOLDER, TrainConfig, run_training
+from vla_rl.train.metrics import format_duration
+from vla_rl.train.run_folder import describe_machine, describe_source
+
+START = "sft"
+
+
+@dataclass(frozen=True)
+class Method:
+    """`role`: a "trained" one must reach `required`; a "control" must not learn."""
+
+    label: str
+    train: TrainConfig
+    role: Literal["trained", "control"] = "trained"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """`prepare(seed, folder)` writes the starting policy to `folder/policy`. `make_env(num_envs, split, auto_reset)`:
+    "train" or "test". `start_range`: where the starting rate must lie."""
+
+    name: str
+    title: str
+    prepare: Callable[[int, Path], None]
+    make_env: Callable[[int, str, bool], ChunkedEnv]
+    methods: dict[str, Method]
+    num_episodes: int
+    first_episode: int
+    required: float
+    start_range: tuple[float, float]
+    control_margin: float = 0.08
+
+
+def main(module: str, argv: Sequence[str] | None = None) -> int:
+    """Run the experiment of `module`. Returns 0 where everything required holds."""
+    experiment: Experiment = importlib.import_module(module).EXPERIMENT
+    parser = argparse.ArgumentParser(description=importlib.import_module(module).__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=list(experiment.methods), default=list(experiment.methods))
+    parser.add_argument("--iterations", type=int, help="instead of the methods' own number")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments") / experiment.name)
+    options = parser.parse_args(argv)
+    start = time.monotonic()
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+        for jobs in (
+            [(START, seed) for seed in options.seeds],
+            [(method, seed) for seed in options.seeds for method in options.methods],
+        ):
+            submitted = [
+                pool.submit(run_job, module, method, seed, options.iterations, options.out) for method, seed in jobs
+            ]
+            for done, future in enumerate(as_completed(submitted), start=1):
+                left = (time.monotonic() - start) / done * (len(jobs) - done)
+                print(f"[{done}/{len(jobs)}, about {format_duration(left)} left] {future.result()}", flush=True)
+    summary = summarise(experiment, options.out, options.seeds, options.methods)
+    summary["wall_s"] = round(time.monotonic() - start, 1)
+    atomic_write_json(options.out / "summary.json", summary)
+    report = _report(experiment, module, options.out, options.seeds, options.methods)
+    verdict = "passed" if summary["passed"] else "FAILED: " + "; ".join(summary["failures"])
+    print(f"{verdict}\n{options.out / 'summary.json'}\n{report}")
+    return 0 if summary["passed"] else 1
+
+
+def run_job(module: str, name: str, seed: int, num_iterations: int | None, out: Path) -> str:
+    """Train and evaluate one method with one seed, or only evaluate the start; what is done is not done again."""
+    torch.set_num_threads(1)
+    experiment: Experiment = importlib.import_module(module).EXPERIMENT
+    folder, source = out / f"seed_{seed}" / name, out / f"seed_{seed}" / START
+    if not (folder / "evaluation" / "eval.json").exists():
+        if name == START:
+            experiment.prepare(seed, folder)
+        else:
+            _train(experiment, experiment.methods[name], seed, num_iterations, source, folder)
+        _evaluate(experiment, seed, folder).save(folder / "evaluation")
+    return f"{name} seed {seed}: {EvalResult.load(folder / 'evaluation').success_once}"
+
+
+def _train(
+    experiment: Experiment, method: Method, seed: int, num_iterations: int | None, source: Path, folder: Path
+) -> None:
+    config = replace(method.train, algorithm=replace(method.train.algorithm, seed=seed))
+    if num_iterations is not None:
+        config = replace(config, num_iterations=num_iterations)
+    env = experiment.make_env(config.num_envs, "train", True)
+    policy: Any = load_policy(source / POLICY_FOLDER, spec=env.spec)
+    curve = replace(experiment, num_episodes=128, first_episode=experiment.first_episode + 10**6)
+
+    def measure() -> dict[str, float]:
+        rate = _rate(curve, policy, seed).success_once
+        return {"eval/success_rate": rate.rate, "eval/success_rate_low": rate.low, "eval/success_rate_high": rate.high}
+
+    run_training(policy, env, config, folder, resume=True, evaluate=measure, tensorboard=False)
+    env.close()
+
+
+def _evaluate(experiment: Experiment, seed: int, folder: Path) -> EvalResult:
+    return _rate(experiment, load_policy(folder / POLICY_FOLDER), seed)
+
+
+def _rate(experiment: Experiment, policy: Any, seed: int) -> EvalResult:
+    """The training seed stands in the task's name: several of them make one result of many episodes."""
+    first = experiment.first_episode
+    return evaluate(
+        policy,
+        lambda n: experiment.make_env(n, "test", False),
+        range(first, first + experiment.num_episodes),
+        execution_horizon=next(iter(experiment.methods.values())).train.execution_horizon,
+        num_envs=64,
+        policy_batch_size=64,
+        task=f"training seed {seed}",
+        progress=False,
+    )
+
+
+def summarise(experiment: Experiment, out: Path, seeds: Sequence[int], methods: Sequence[str]) -> dict[str, Any]:
+    """Rates of every run, and what of the requirements does not hold."""
+    runs, failures = [], []
+    for seed in seeds:
+        before = EvalResult.load(out / f"seed_{seed}" / START / "evaluation").success_once
+        if not experiment.start_range[0] <= before.rate <= experiment.start_range[1]:
+            failures.append(f"the start of seed {seed} is {before}, required within {experiment.start_range}")
+        for name in methods:
+            after = EvalResult.load(out / f"seed_{seed}" / name / "evaluation").success_once
+            role = experiment.methods[name].role
+            bound = experiment.required if role == "trained" else before.rate + experiment.control_margin
+            if (after.rate < bound) if role == "trained" else (after.rate > bound):
+                failures.append(
+                    f"{name} seed {seed} is {after}, required {'>=' if role == 'trained' else '<='} {bound:.3f}"
+                )
+            runs.append({"method": name, "role": role, "seed": seed, "sft": before.as_dict(), "rl": after.as_dict()})
+    return {
+        "name": experiment.name,
+        "passed": not failures,
+        "failures": failures,
+        "required": {"rl_at_least": experiment.required, "control_at_most_above_sft": experiment.control_margin},
+        "runs": runs,
+        "methods": {name: config_to_dict(experiment.methods[name].train) for name in methods},
+        "machine": describe_machine(),
+    }
+
+
+def _report(experiment: Experiment, module: str, out: Path, seeds: Sequence[int], methods: Sequence[str]) -> Path:
+    def merged(name: str) -> EvalResult:
+        return EvalResult.merge([EvalResult.load(out / f"seed_{seed}" / name / "evaluation") for seed in seeds])
+
+    first = next(name for name in methods if experiment.methods[name].role == "trained")
+    rows = [ReportRow("start", "baseline", merged(START), "the policy that every method starts from")]
+    curves = []
+    for name in methods:
+        method = experiment.methods[name]
+        role = "control" if method.role == "control" else "trained" if name == first else "other"
+        rows.append(ReportRow(method.label, role, merged(name)))
+        curves.append(Curve(f"{method.label}, seed {seeds[0]}", role, out / f"seed_{seeds[0]}" / name))
+    source = describe_source()
+    return write_report(
+        out / "report.html",
+        ReportData(
+            title=experiment.title,
+            rows=tuple(rows),
+            command=f"make experiment NAME={module.rpartition('.')[2]}",
+            description=f"{len(seeds)} training seeds, {experiment.num_episodes} held-out episodes each.",
+            curves=tuple(curves),
+            provenance={
+                "revision": source["revision"],
+                "machine": json.dumps(describe_machine()),
+                "methods": json.dumps({n: config_to_dict(experiment.methods[n].train) for n in methods}, indent=2),
+            },
+        ),
+    )
