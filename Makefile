@@ -77,7 +77,7 @@ smoke:
 	@$(STAGE) "main job in its shortest form" $(BIN)/vla-rl demo --smoke --run-dir runs/demo_smoke
 
 clean: ## remove what checks and builds leave; keeps .venv and runs
-	@rm -rf .typing build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis MUJOCO_LOG.TXT
+	@rm -rf build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis MUJOCO_LOG.TXT
 	@find . \( -name .venv -o -name runs -o -name .git \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## also remove .venv

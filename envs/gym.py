@@ -177,14 +177,13 @@ class GymStepEnv:
 
     def _masked_reset(self, mask: np.ndarray) -> Any:
         """Reset the sub-environments of `mask` with their seeds; the others must not notice."""
-        seeds = [seed % _GYM_SEED_LIMIT for seed in self._seeds]
+        seeds: Any = [seed % _GYM_SEED_LIMIT for seed in self._seeds]  # one each; Gymnasium annotates a single one
         if not self._started or mask.all():
             obs, _ = self._env.reset(seed=seeds)
             self._started = True
         else:
-            obs, _ = self._env.reset(
-                seed=[s if m else None for s, m in zip(seeds, mask, strict=True)], options={"reset_mask": mask.copy()}
-            )
+            some: Any = [s if m else None for s, m in zip(seeds, mask, strict=True)]
+            obs, _ = self._env.reset(seed=some, options={"reset_mask": mask.copy()})
             others = ~mask & self._in_sync
             state, _ = self._convert(obs)
             if not np.array_equal(state.numpy()[others], self._state.numpy()[others], equal_nan=True):

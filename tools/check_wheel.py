@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-_NOT_SOURCE = (".git", ".venv", ".typing", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+_NOT_SOURCE = (".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
 
 # Runs in the isolated environment: imports what it is told, and says where that came from.
 _IMPORT_ALL = """

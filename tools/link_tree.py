@@ -1,52 +1,48 @@
-"""Lays out `.typing/vla_rl` as the wheel has it, with links: type checkers do not see through an editable install.
+"""Lays out `build/typing/vla_rl` as the wheel has it: type checkers do not see through an editable install.
 
-`.typing/vla_rl/core.py -> ../../vla_rl/core.py`, `.typing/vla_rl/envs -> ../../envs`, and so on after `package-dir` of
-pyproject.toml. Usage: link_tree.py [root of the checkout]
+`build/typing/vla_rl/core.py` stands for `vla_rl/core.py`, `build/typing/vla_rl/envs/gym.py` for `envs/gym.py` and so
+on, after `package-dir` of pyproject.toml. The folders are real and the files are links: pyright silently passes by links
+to folders. Usage: link_tree.py [root of the checkout]
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tomllib
 from pathlib import Path
 
+TREE = Path("build/typing")
 
-def wanted_links(root: Path) -> dict[str, Path]:
-    """Name in the link tree (`vla_rl/envs`) to what it stands for (`root/envs`)."""
+
+def wanted_links(root: Path) -> dict[Path, Path]:
+    """Link, below the tree, to the source file that it stands for: `vla_rl/envs/gym.py` to `root/envs/gym.py`."""
     tables = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     package_dir: dict[str, str] = tables["tool"]["setuptools"]["package-dir"]
-    places = {name.replace(".", "/"): root / folder for name, folder in package_dir.items()}
-    links: dict[str, Path] = {}
-    for name, folder in places.items():
-        if not any(other.startswith(f"{name}/") for other in places):
-            links[name] = folder  # nothing is laid into it from elsewhere: one link for the whole folder
-            continue
-        links |= {f"{name}/{entry.name}": entry for entry in folder.iterdir() if entry.name != "__pycache__"}
+    links: dict[Path, Path] = {}
+    for package, folder in package_dir.items():
+        for source in (root / folder).rglob("*.py"):
+            links[Path(package.replace(".", "/")) / source.relative_to(root / folder)] = source
     return links
 
 
 def make_link_tree(root: Path) -> Path:
-    """Brings `.typing` up to date and returns it. What is right stays: another check may be reading it."""
-    tree = root / ".typing"
+    """Brings the tree up to date and returns it. What is right stays: another check may be reading it."""
+    tree = root / TREE
     links = wanted_links(root)
-    folders = {str(parent) for name in links for parent in Path(name).parents}
-    for path in sorted(tree.rglob("*"), reverse=True):
-        name = path.relative_to(tree).as_posix()
-        if name in links and path.is_symlink() and path.resolve() == links[name].resolve():
-            continue
-        if path.is_symlink() or path.is_file():
+    for path in sorted(tree.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif not path.is_symlink() or links.get(path.relative_to(tree)) != path.resolve():
             path.unlink()
-        elif name not in folders:
-            shutil.rmtree(path)
-    for name, target in links.items():
+    for name, source in links.items():
         link = tree / name
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
-            link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=target.is_dir())
+            link.symlink_to(os.path.relpath(source, link.parent))
     return tree
 
 
 if __name__ == "__main__":
-    make_link_tree(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent)
+    make_link_tree((Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent.parent).resolve())
