@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -19,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from tests.benchmarks.harness import (
+    ROOT,
     BenchmarkResult,
     PeerGroup,
     PeerUnavailableError,
@@ -104,8 +104,12 @@ def _finish(
 
 
 def _environment(peer: str) -> dict[str, str]:
-    """ManiSkill wants a Vulkan driver: a user's own setting stands, else Mesa's software driver where it is."""
-    driver = Path("/usr/share/vulkan/icd.d/lvp_icd.json")
-    if peer == "maniskill" and "VK_ICD_FILENAMES" not in os.environ and driver.exists():
-        return {"VK_ICD_FILENAMES": str(driver)}
-    return {}
+    """ManiSkill wants a Vulkan driver, newer than Debian 12's: a user's own setting stands, else that of
+    `peers/fetch_vulkan.sh`."""
+    driver = ROOT / "runs" / "vulkan" / "usr"
+    if peer != "maniskill" or "VK_ICD_FILENAMES" in os.environ or not driver.exists():
+        return {}
+    return {
+        "VK_ICD_FILENAMES": str(driver / "share/vulkan/icd.d/lvp_icd.json"),
+        "LD_LIBRARY_PATH": str(driver / "lib/x86_64-linux-gnu"),
+    }

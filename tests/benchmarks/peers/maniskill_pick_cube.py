@@ -13,7 +13,7 @@ answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # whatever the library prints goes to the log
 
 import gymnasium  # noqa: E402
-import mani_skill.envs  # noqa: E402, F401  registers the environments
+import mani_skill.envs  # noqa: E402, F401  registers the environments  # pyright: ignore[reportMissingImports]
 import torch  # noqa: E402
 
 STEPS_PER_DECISION = 8
