@@ -48,7 +48,8 @@ class GymStepEnv:
     ) -> None:
         if "autoreset_mode" not in vector_env.metadata:
             raise ValueError(
-                f"{vector_env}: metadata['autoreset_mode'] is missing; vla-rl needs a Gymnasium >= 1.1 vector environment"
+                f"{vector_env}: metadata['autoreset_mode'] is missing; "
+                "vla-rl needs a vector environment of Gymnasium >= 1.1"
             )
         space = vector_env.single_action_space
         if not isinstance(space, gym.spaces.Box) or space.shape is None or len(space.shape) != 1:
@@ -188,8 +189,8 @@ class GymStepEnv:
             state, _ = self._convert(obs)
             if not np.array_equal(state.numpy()[others], self._state.numpy()[others], equal_nan=True):
                 raise RuntimeError(
-                    f"{self.spec.name} does not honour options['reset_mask'] (a partial reset moved other environments); "
-                    "use gymnasium's SyncVectorEnv or AsyncVectorEnv"
+                    f"{self.spec.name} does not honour options['reset_mask'] "
+                    "(a partial reset moved other environments); use gymnasium's SyncVectorEnv or AsyncVectorEnv"
                 )
         self._ended = self._ended & ~mask
         return obs

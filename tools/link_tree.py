@@ -1,8 +1,8 @@
 """Lays out `build/typing/vla_rl` as the wheel has it: type checkers do not see through an editable install.
 
 `build/typing/vla_rl/core.py` stands for `vla_rl/core.py`, `build/typing/vla_rl/envs/gym.py` for `envs/gym.py` and so
-on, after `package-dir` of pyproject.toml. The folders are real and the files are links: pyright silently passes by links
-to folders. Usage: link_tree.py [root of the checkout]
+on, after `package-dir` of pyproject.toml. The folders are real and the files are links: pyright silently passes by
+links to folders. Usage: link_tree.py [root of the checkout]
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from vla_rl.rollout.collector import RolloutBatch, RolloutCollector
 
 @dataclass(frozen=True)
 class PPOUpdateBenchmarkConfig:
-    """`num_envs * num_decisions` samples an update, `num_epochs` over them. `save`: keep the result beside this file."""
+    """`num_envs * num_decisions` samples an update, `num_epochs` over them. `save`: keep the result beside it."""
 
     repeats: int = 5
     num_envs: int = 64

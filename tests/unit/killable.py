@@ -44,8 +44,9 @@ class Killable:
         self._output = folder / "output.txt"
         root = Path(module_file).parents[2]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        module = f"tests.{Path(module_file).parent.name}.{Path(module_file).stem}"
         self._server = subprocess.Popen(
-            [sys.executable, "-c", _SERVER, str(root), f"tests.{Path(module_file).parent.name}.{Path(module_file).stem}"],
+            [sys.executable, "-c", _SERVER, str(root), module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -23,7 +23,7 @@ def test_registered_environment() -> None:
     actions = torch.full((2, 3, 1), 0.7)
     step = env.step(actions)
     rewards = [plain.step(np.array([0.7], np.float32))[1] for _ in range(3)]
-    np.testing.assert_allclose(step.rewards[1].numpy(), rewards, rtol=1e-6)
+    np.testing.assert_allclose(step.rewards[1].numpy(), rewards, rtol=1e-6)  # pyright: ignore[reportCallIssue]
     env.close()
 
 

@@ -292,7 +292,7 @@ def test_divergence_is_raised_before_parameters_change(poison):
         states[7] = math.nan
         batch = replace(batch, trace=replace(batch.trace, states=states))
     before = copy.deepcopy(sampler.policy.state_dict())
-    with pytest.raises(DivergenceError, match="not finite .*the parameters were not changed") as error:
+    with pytest.raises(DivergenceError, match=r"not finite .*the parameters were not changed") as error:
         ppo.update(batch)
     assert all(torch.equal(before[k], v) for k, v in sampler.policy.state_dict().items())
     assert any(not torch.isfinite(v).all() for v in error.value.tensors.values() if v.is_floating_point())
@@ -311,7 +311,7 @@ def test_denoising_discount_weighs_the_last_step_fully():
     discount = DenoisingDiscount(num_steps=4, gamma_denoise=0.9, clip_first=0.1)
     step = torch.tensor([[0, 1, 2, 3]])
     assert discount.advantage_weight(step)[0].tolist() == pytest.approx([0.729, 0.81, 0.9, 1.0])
-    clip = discount.clip(step, 0.01)[0]
+    clip = discount.clip(step, 0.01)[0]  # pyright: ignore[reportIndexIssue]
     assert clip[0].item() == pytest.approx(0.001)
     assert clip[3].item() == pytest.approx(0.01)
     assert clip[1].item() == pytest.approx(0.001 + 0.009 * math.expm1(1.0) / math.expm1(3.0))

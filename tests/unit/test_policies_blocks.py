@@ -200,7 +200,7 @@ def test_spatial_attention_reads_features_where_it_looks():
     keys = pool.norm(features).flatten(2)
     queries = pool.base_queries + pool.text_queries(condition).view(2, 6, 4)
     weights = torch.einsum("nqc,ncp->nqp", queries * pool.log_sharpness.exp(), keys).softmax(-1)
-    read = torch.cat([weights @ pixel_coordinates(3, 3), weights @ pool.values(keys.transpose(1, 2))], dim=-1)
+    read = torch.cat([weights @ pixel_coordinates(3, 3), weights @ pool.values(keys.transpose(1, 2))], dim=-1)  # pyright: ignore[reportOptionalCall]
     torch.testing.assert_close(pool(features, condition), pool.out(read.view(2, 2, 21)))
 
 

@@ -78,7 +78,7 @@ def test_round_trip_is_bit_equal(tmp_path, index):
     images = {"agent": torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)}
     obs = Observation(images, torch.randn(2, 3), ("reach the red block",) * 2)
     noise = torch.randn(2, policy.action_horizon, 2)
-    assert torch.equal(policy.act(obs, noise).actions, loaded.act(obs, noise).actions)
+    assert torch.equal(policy.act(obs, noise).actions, loaded.act(obs, noise).actions)  # pyright: ignore[reportCallIssue]
     if index < 2:
         assert loaded.state_normalizer.normalizer.kind == "mean_std"
         assert loaded.action_normalizer.normalizer.kind == "quantiles"

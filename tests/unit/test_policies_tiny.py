@@ -90,7 +90,7 @@ def test_every_input_reaches_the_velocity():
     ]
     changed.append(velocity(dataclasses.replace(obs, instruction=("go to the blue block",) * 3)))
     changed += [
-        velocity(dataclasses.replace(obs, images=obs.images | {camera: 255 - image}))
+        velocity(dataclasses.replace(obs, images=obs.images | {camera: 255 - image}))  # pyright: ignore[reportOperatorIssue]
         for camera, image in obs.images.items()
     ]
     for other in changed:

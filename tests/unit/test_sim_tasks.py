@@ -48,7 +48,7 @@ def test_train_and_test_have_one_distribution_of_words_and_colours() -> None:
         assert used == set(COLORS.values())
         words = {s.instruction.replace("cube", "block") for s in samples}
         assert words == {t.format(color=c, noun="block") for t in TEMPLATES for c in COLORS}
-        assert {s.variables["target"] for s in samples} == {0, 1, 2}
+        assert {s.variables["target"] for s in samples} == {0, 1, 2}  # pyright: ignore[reportUnhashable]
 
 
 def test_objects_lie_apart_and_inside() -> None:

@@ -54,7 +54,7 @@ def make_policy(name, seed=0):
         inputs = PolicyInputs({}, torch.zeros(len(state), 0, dtype=torch.int64), state)
         for _ in range(200):
             optimizer.zero_grad()
-            policy.supervised_loss(inputs, actions, mask, generator).mean().backward()
+            policy.supervised_loss(inputs, actions, mask, generator).mean().backward()  # pyright: ignore[reportCallIssue]
             optimizer.step()
     return policy
 
