@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -57,25 +56,24 @@ def rollout(config: PPOUpdateBenchmarkConfig) -> tuple[TinyVLA, RolloutBatch]:
     return policy, replace(batch, rewards=rewards)
 
 
-def side(
-    policy: TinyVLA, batch: RolloutBatch, config: PPOUpdateBenchmarkConfig, *, frozen: bool
-) -> Callable[[], float]:
-    """Updates of a copy of `policy`. Whether features are cached is in `batch`."""
-    policy = copy.deepcopy(policy)
-    if frozen:
-        policy.freeze_encoder()
-    actor = ActorConfig(num_epochs=config.num_epochs, minibatch_size=config.minibatch_size, target_kl=None)
-    ppo = PPO(flow_sampler(policy, FlowSamplerConfig()), PPOConfig(critic_warmup_iterations=0, actor=actor))
+class Side:
+    """Updates of a copy of `policy`. Whether features are cached is in `batch`. `warmup`: metrics of the first one."""
 
-    def samples_per_second() -> float:
+    def __init__(self, policy: TinyVLA, batch: RolloutBatch, config: PPOUpdateBenchmarkConfig, *, frozen: bool) -> None:
+        policy = copy.deepcopy(policy)
+        if frozen:
+            policy.freeze_encoder()
+        actor = ActorConfig(num_epochs=config.num_epochs, minibatch_size=config.minibatch_size, target_kl=None)
+        self._ppo = PPO(flow_sampler(policy, FlowSamplerConfig()), PPOConfig(critic_warmup_iterations=0, actor=actor))
+        self._batch, self._config = batch, config
+        self.warmup = self._ppo.update(batch)
+
+    def samples_per_second(self) -> float:
         begin = time.perf_counter()
-        metrics = ppo.update(batch)
-        if config.device.startswith("cuda"):
+        metrics = self._ppo.update(self._batch)
+        if self._config.device.startswith("cuda"):
             torch.cuda.synchronize()
-        return metrics["num_samples"] * config.num_epochs / (time.perf_counter() - begin)
-
-    samples_per_second()  # warm-up
-    return samples_per_second
+        return metrics["num_samples"] * self._config.num_epochs / (time.perf_counter() - begin)
 
 
 def main(config: PPOUpdateBenchmarkConfig) -> None:
@@ -86,11 +84,14 @@ def main(config: PPOUpdateBenchmarkConfig) -> None:
     with torch.no_grad():
         cached = replace(batch, prefix=policy.encode(batch.inputs), inputs=None)
     sides = {
-        "cached": side(policy, cached, config, frozen=True),
-        "encoded_again": side(policy, batch, config, frozen=True),
-        "encoder_learns": side(policy, batch, config, frozen=False),
+        "cached": Side(policy, cached, config, frozen=True),
+        "encoded_again": Side(policy, batch, config, frozen=True),
+        "encoder_learns": Side(policy, batch, config, frozen=False),
     }
-    values = in_turns(sides, config.repeats)
+    losses = [sides[name].warmup["policy_loss"] for name in ("cached", "encoded_again")]
+    if abs(losses[0] - losses[1]) > 1e-3:
+        raise RuntimeError(f"the two sides do not make the same update: their losses are {losses}")
+    values = in_turns({name: side.samples_per_second for name, side in sides.items()}, config.repeats)
     ratios = {name: round(median_ratio(values["cached"], v), 2) for name, v in values.items() if name != "cached"}
     BenchmarkResult(
         name="ppo_update",
@@ -106,6 +107,7 @@ def main(config: PPOUpdateBenchmarkConfig) -> None:
             "num_epochs": config.num_epochs,
             "minibatch_size": config.minibatch_size,
             "policy_parameters": sum(p.numel() for p in policy.parameters()),
+            "warmup_losses": losses,
             "device": config.device,
             "num_threads": config.num_threads,
             "hardware": machine,
