@@ -112,12 +112,13 @@ class ScriptedExpert:
         return (torch.linalg.vector_norm(gap, dim=1) < _ARRIVED) & (self._bias != 0).any(dim=1)
 
     def _advance(self, finished: Tensor, plan: Plan) -> None:
-        """Go to the next phase where the present one is finished and has lasted long enough."""
+        """Go to the next phase where the present one is finished and has lasted long enough; to the first if lost."""
         if plan.dwell is not None:
             finished = finished & (self._dwell >= torch.tensor(plan.dwell, device=self._dwell.device)[self._phase])
         finished = finished & (self._phase < plan.done.shape[1] - 1)
-        self._phase += finished
-        self._dwell = torch.where(finished, 0, self._dwell)
+        lost = pick(plan.lost, self._phase) if plan.lost is not None else torch.zeros_like(finished)
+        self._phase = torch.where(lost, 0, self._phase + (finished & ~lost))
+        self._dwell = torch.where(finished | lost, 0, self._dwell)
 
     def _begin_new_episodes(self) -> None:
         fresh = (self._env.episode_steps == 0).nonzero().flatten()

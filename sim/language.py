@@ -35,6 +35,16 @@ DISTRACTOR_COLORS: dict[str, Rgba] = {
 
 BLOCK_NOUNS = ("block", "cube")
 OOD_BLOCK_NOUNS = ("brick", "box")
+PUCK_NOUNS = ("block", "puck")
+OOD_PUCK_NOUNS = ("cylinder", "token")
+ZONE_NOUNS = ("zone", "disc")
+OOD_ZONE_NOUNS = ("circle", "spot")
+BIN_NOUNS = ("bin", "basket")
+OOD_BIN_NOUNS = ("container", "crate")
+DRAWER_NOUNS = ("drawer", "cabinet")
+OOD_DRAWER_NOUNS = ("chest", "cupboard")
+BUTTON_NOUNS = ("button",)
+OOD_BUTTON_NOUNS = ("switch", "knob")
 
 
 def sentence(rng: np.random.Generator, templates: Sequence[str], **slots: str | Sequence[str]) -> str:

@@ -84,6 +84,29 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Puck:
+    """A flat round block that slides and does not tip over: something to push. Its friction is its own, not the
+    greater of two (MuJoCo's `priority`), so that it does not cling to a finger."""
+
+    name: str
+    radius: float = 0.03
+    half_height: float = 0.015
+    mass: float = 0.12
+    movable: bool = True
+    joint: str | None = None
+
+    @property
+    def rest_height(self) -> float:
+        return self.half_height
+
+    def mjcf(self) -> str:
+        return (
+            f'<geom name="{self.name}" type="cylinder" size="{self.radius} {self.half_height}" mass="{self.mass}" '
+            f'{_OBJECT} friction=".9 .005 .0001" priority="1"/>'
+        )
+
+
+@dataclass(frozen=True)
 class Zone:
     """A flat coloured disc on the table, which nothing touches."""
 
@@ -123,7 +146,7 @@ class Drawer:
     """A cabinet whose drawer slides out along the asset's -x (towards the robot at yaw 0) by up to `travel` m.
 
     The joint's position is the opening in metres. The handle is a vertical bar `handle_reach` m in front of the
-    drawer's face, which open jaws can close on or which a finger can hook.
+    drawer's face, which open jaws can close on or which a finger can hook. `half_width`: of the cabinet along y, m.
     """
 
     name: str
@@ -131,6 +154,7 @@ class Drawer:
     movable: bool = False
     rest_height: float = 0.0
     handle_reach: float = 0.035
+    half_width: float = 0.075
 
     @property
     def joint(self) -> str:
@@ -138,13 +162,15 @@ class Drawer:
 
     def mjcf(self) -> str:
         shell = f'rgba=".45 .33 .24 1" type="box" {_OBJECT}'
+        w = self.half_width
+        side, face, floor = w - 0.005, w - 0.013, w - 0.02
         return f"""
-<geom {shell} size=".07 .075 .004" pos="0 0 .086"/><geom {shell} size=".07 .005 .041" pos="0 .07 .041"/>
-<geom {shell} size=".07 .005 .041" pos="0 -.07 .041"/><geom {shell} size=".004 .07 .041" pos=".066 0 .041"/>
+<geom {shell} size=".07 {w} .004" pos="0 0 .086"/><geom {shell} size=".07 .005 .041" pos="0 {side} .041"/>
+<geom {shell} size=".07 .005 .041" pos="0 -{side} .041"/><geom {shell} size=".004 {side} .041" pos=".066 0 .041"/>
 <body name="{self.name}/tray"><inertial pos="0 0 .03" mass=".3" diaginertia=".001 .001 .001"/>
  <joint name="{self.joint}" type="slide" axis="-1 0 0" range="0 {self.travel}" damping="4" frictionloss=".6"/>
- <geom name="{self.name}" type="box" size=".005 .062 .034" pos="-.066 0 .042" {_OBJECT}/>
- <geom type="box" size=".06 .055 .003" pos="0 0 .012" rgba=".6 .5 .4 1" {_OBJECT}/>
+ <geom name="{self.name}" type="box" size=".005 {face} .034" pos="-.066 0 .042" {_OBJECT}/>
+ <geom type="box" size=".06 {floor} .003" pos="0 0 .012" rgba=".6 .5 .4 1" {_OBJECT}/>
  <geom name="{self.name}/handle" type="capsule" size=".008" fromto="-{0.071 + self.handle_reach} 0 .05
   -{0.071 + self.handle_reach} 0 .095" {_OBJECT} friction="1.5 .02 .001"/>
  <geom name="{self.name}/neck" type="capsule" size=".006" fromto="-.071 0 .05 -{0.071 + self.handle_reach} 0 .05"
@@ -314,5 +340,6 @@ def _placement(model: mujoco.MjModel, asset: Asset) -> Placement:
 
 
 __all__ = [
-    "CAMERAS", "Asset", "Bin", "Block", "Button", "Drawer", "Placement", "Scene", "SceneConfig", "Zone", "build_scene",
+    "CAMERAS", "Asset", "Bin", "Block", "Button", "Drawer", "Placement", "Puck", "Scene", "SceneConfig", "Zone",
+    "build_scene",
 ]  # fmt: skip

@@ -24,6 +24,8 @@ from vla_rl.sim.language import COLORS, DISTRACTOR_COLORS, OOD_COLORS, Rgba, sen
 from vla_rl.sim.scene import Asset
 from vla_rl.sim.view import SceneView
 
+T = TypeVar("T")
+
 OOD_AXES = ("colors", "positions", "distractors", "sentences")
 SPLITS = ("train", "test", "ood", *(f"ood_{axis}" for axis in OOD_AXES))
 
@@ -120,6 +122,12 @@ class Draw:
                     return points
         return None
 
+    def select(self, axis: str, usual: T, unseen: T) -> T:
+        """`unseen` where the split shifts `axis` (one of `OOD_AXES`), else `usual`: words, regions, numbers."""
+        if axis not in OOD_AXES:
+            raise ValueError(f"select: axis {axis!r} is unknown; use one of {', '.join(OOD_AXES)}")
+        return unseen if axis in self.shifted else usual
+
     def colors(self, count: int) -> dict[str, Rgba]:
         """`count` different colours to be named, name -> rgba, in random order; unseen ones if colours are shifted."""
         return self._choose(OOD_COLORS if "colors" in self.shifted else COLORS, count)
@@ -167,6 +175,7 @@ class Plan:
     `targets [N, P, 3]` m: where the fingertip should go in each of P phases. `openings [N, P]`: gripper action, -1
     closed, +1 open. `done`: bool [N, P], whether a phase's goal is reached now. `yaws [N, P]`: rad, or None for 0.
     `dwell [P]`: the least number of control steps a phase lasts (time for the jaws), or None for 0.
+    `lost`: bool [N, P], whether a phase cannot succeed any more (the block slipped), so that the expert starts over.
     """
 
     targets: Tensor
@@ -174,6 +183,7 @@ class Plan:
     done: Tensor
     yaws: Tensor | None = None
     dwell: Sequence[int] | None = None
+    lost: Tensor | None = None
 
 
 class Task(Protocol):
