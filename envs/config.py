@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from vla_rl.envs.tabletop import make_tabletop
 from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.sim.scene import SceneConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class EnvConfig:
     max_episode_steps: int | None = None
     privileged_state: bool = False
     num_threads: int | None = None
+
+    @property
+    def control_hz(self) -> float:
+        """Control steps a second of simulated time."""
+        return SceneConfig().control_hz
 
     def make(
         self,

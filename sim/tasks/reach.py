@@ -37,7 +37,7 @@ class Reach:
     name = "reach"
     max_episode_steps = 40
     goal_names: tuple[str, ...] = ("target_x", "target_y", "target_z")
-    tolerance = 0.03
+    tolerance = 0.02
     hover = 0.10  # m above the goal, where the expert travels
     tip_height = 0.035  # m of the goal above a block's centre
 

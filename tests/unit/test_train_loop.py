@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,3 +240,14 @@ def test_configs_of_several_kinds_come_back_as_the_same_kind():
     broken["algorithm"]["group_sise"] = 4
     with pytest.raises(ValueError, match="are of none of these: PPOConfig"):
         config_from_dict(TrainConfig, broken)
+
+
+def test_every_metric_is_explained(tmp_path):
+    """docs/metrics.md names what the loop logs, with any algorithm."""
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    logged = set()
+    for name in CONFIGS:
+        train(name, tmp_path / name, num_iterations=2)
+        logged |= {key for row in read_metrics(tmp_path / name) for key in row}
+    assert len(logged) > 20
+    assert [name for name in sorted(logged) if f"`{name}`" not in page] == []

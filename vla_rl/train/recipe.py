@@ -36,7 +36,8 @@ class DemosConfig:
 class EvalConfig:
     """Episodes `first_seed`, ..., `first_seed + num_episodes - 1` of `split`, of each of `tasks` (none: the recipe's).
 
-    `num_envs` changes the speed and nothing else. `num_videos` of the episodes are filmed.
+    `num_envs` changes the speed and nothing else. `num_videos` of the episodes are filmed, and shown at
+    `video_speed` times real time.
     """
 
     num_episodes: int = 256
@@ -47,6 +48,7 @@ class EvalConfig:
     policy_batch_size: int = 64
     noise_seed: int = 0
     num_videos: int = 6
+    video_speed: float = 0.5
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:

@@ -161,9 +161,11 @@ def evaluate_stage(
     config = recipe.evaluation
     policy = load_policy(policy_folder, device=device_of(recipe))
     filmed = list(config.seeds)[: config.num_videos]
-    control_hz = 20.0
-    tasks = config.tasks or (recipe.env.task,)
-    recorders = [EpisodeRecorder(out / "videos" / task, filmed, control_hz) for task in tasks] if filmed else []
+    recorders = [
+        EpisodeRecorder(out / "videos" / task, filmed, recipe.env.control_hz, speed=config.video_speed)
+        for task in config.tasks or (recipe.env.task,)
+        if filmed
+    ]
     result = evaluate_policy(recipe, policy, config, recorders=recorders, label=label)
     result.save(out)
     return result, dict(recorders[0].recordings) if recorders else {}
