@@ -7,10 +7,13 @@ for the device; a diverged simulation or an overflow of the contact buffers is t
 Results are bit-identical from run to run on a CPU. On a GPU contacts are found in any order, so they are not.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (mujoco's compiled modules have no type stubs)
+
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +117,7 @@ class WarpEngine:
         before = {name: self._state[name].clone() for name in _MOVING}
         with self.scope():
             if self.device.type == "cuda":
-                wp.capture_launch(self._graph(num_substeps), stream=self._torch_stream())
+                self.replay(self._graph(num_substeps))
             else:
                 self._substeps(num_substeps)
         for name, value in before.items():
@@ -202,6 +205,19 @@ class WarpEngine:
             else:
                 yield
 
+    def capture(self, launch: Callable[[], None]) -> Any:
+        """The CUDA graph of what `launch` launches; it must have run before, so that its kernels are loaded."""
+        torch.cuda.synchronize(self.device)
+        # On a stream of its own: CUDA refuses to capture the default stream, which is torch's current one as a rule.
+        stream = wp.Stream(str(self.device))
+        with wp.ScopedStream(stream), wp.ScopedCapture(stream=stream) as capture:
+            launch()
+        return capture.graph
+
+    def replay(self, graph: Any) -> None:
+        """Launch a graph of `capture` on torch's current stream."""
+        wp.capture_launch(graph, stream=self._torch_stream())
+
     def _torch_stream(self) -> Any:
         return wp.stream_from_torch(torch.cuda.current_stream(self.device))
 
@@ -224,11 +240,7 @@ class WarpEngine:
             self._substeps(num_substeps)
             for name, value in before.items():
                 self._state[name].copy_(value)
-            torch.cuda.synchronize(self.device)
-            # Captured on Warp's own stream: CUDA refuses to capture the default stream, which is torch's current one.
-            with wp.ScopedCapture(device=str(self.device), stream=wp.Stream(str(self.device))) as capture:
-                self._substeps(num_substeps)
-            self._graphs[num_substeps] = capture.graph
+            self._graphs[num_substeps] = self.capture(lambda: self._substeps(num_substeps))
         return self._graphs[num_substeps]
 
     def _check(self) -> None:

@@ -63,7 +63,7 @@ class _View:
             if self._fields != engine.expanded_fields:
                 self._prepare()
             if self._graph is not None:
-                wp.capture_launch(self._graph, stream=wp.get_stream(str(engine.device)))
+                engine.replay(self._graph)
             else:
                 self._launch()
         packed = wp.to_torch(self._context.rgb_data)
@@ -90,11 +90,8 @@ class _View:
         self._fields = engine.expanded_fields
         self._graph = None
         if engine.device.type == "cuda":
-            self._launch()  # loads every kernel before the capture
-            torch.cuda.synchronize(engine.device)
-            with wp.ScopedCapture(device=str(engine.device), stream=wp.Stream(str(engine.device))) as capture:
-                self._launch()
-            self._graph = capture.graph
+            self._launch()
+            self._graph = engine.capture(self._launch)
 
     def _launch(self) -> None:
         engine = self._engine

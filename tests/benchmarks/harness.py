@@ -153,6 +153,10 @@ class PeerGroup:
                 process.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+        self._processes = []
 
     def _answer(self, process: subprocess.Popen[str], log: Path | None) -> dict[str, Any]:
         assert process.stdout is not None
