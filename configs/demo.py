@@ -1,7 +1,9 @@
 """The project's main job: from demonstrations to a much better policy in ten minutes on two cores.
 
 The task is to reach the block that a sentence names, seen by a 64-pixel camera. Demonstrations are few and clumsy on
-purpose, so that supervised fine-tuning leaves something to improve.
+purpose, so that supervised fine-tuning leaves something to improve: it finds the block and misses the last centimetres.
+Fewer than about 400 demonstrations or 800 updates do not teach the encoder to find the block (success .15 to .5 at a
+tolerance of 3 cm), and then its frozen features hold reinforcement learning back too (.87 after 100 iterations).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from dataclasses import replace
 
 from vla_rl.envs.config import EnvConfig
 from vla_rl.flow.config import FlowSamplerConfig
-from vla_rl.onpolicy import ActorConfig, CriticConfig, PPOConfig
+from vla_rl.onpolicy import ActorConfig, PPOConfig
 from vla_rl.policies.tiny import TinyVLAConfig
 from vla_rl.sim.experts import ExpertConfig
 from vla_rl.train.augmentation import AugmentationConfig
@@ -22,19 +24,19 @@ EXECUTION_HORIZON = 4
 
 
 def demo() -> Recipe:
-    """Reach by sentence and picture: 300 clumsy demonstrations, flow matching, Flow-SDE PPO."""
+    """Reach by sentence and picture: 450 clumsy demonstrations, flow matching, Flow-SDE PPO."""
     return Recipe(
         env=EnvConfig(task="reach", cameras=("agent",), image_size=64),
-        demos=DemosConfig(num_episodes=300, num_envs=32, expert=ExpertConfig(action_noise=0.3)),
+        demos=DemosConfig(num_episodes=450, num_envs=32, expert=ExpertConfig(action_noise=0.4)),
         policy=TinyVLAConfig(action_horizon=8),
         sft=SFTConfig(
-            num_updates=600,
+            num_updates=900,
             batch_size=64,
             ema_decay=0.98,
             augmentation=AugmentationConfig(shift_pixels=1, brightness=0.1, contrast=0.1, state_dropout=0.5),
         ),
         train=TrainConfig(
-            num_iterations=100,
+            num_iterations=80,
             num_envs=64,
             execution_horizon=EXECUTION_HORIZON,
             sampler=FlowSamplerConfig(kernel="flow_sde", mode="hybrid", scored_horizon=EXECUTION_HORIZON),
@@ -42,7 +44,6 @@ def demo() -> Recipe:
                 num_decisions=16,
                 gamma=0.97,
                 actor=ActorConfig(learning_rate=2e-4),
-                critic=CriticConfig(),
             ),
             eval_interval=10,
         ),
