@@ -21,7 +21,7 @@ export OMP_NUM_THREADS ?= 1
 # A ROS or conda shell puts foreign packages before those of .venv.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup setup-dev demo check lint format types test unit wheel smoke test-slow test-gpu bench experiment \
+.PHONY: help setup setup-dev demo demo-control check lint format types test unit wheel smoke test-slow test-gpu bench experiment \
         clean distclean
 
 help: ## list the targets
@@ -29,7 +29,10 @@ help: ## list the targets
 	@echo "  options: PYTHON=python3.12  TORCH=torch==X.Y  ARGS=\"...\" (more arguments for the command)"
 
 demo: setup ## the main job: demonstrations, fine-tuning, reinforcement learning, report in runs/demo
-	@$(STAGE) "main job: vla-rl demo $(ARGS)" $(BIN)/vla-rl demo $(ARGS)
+	@$(STAGE) "main job: vla-rl run demo" $(BIN)/vla-rl run demo --run-dir runs/demo --resume $(ARGS)
+
+demo-control: setup ## the demo's negative control too: the same RL on shuffled advantages, added to runs/demo
+	@$(STAGE) "control: vla-rl run demo --control" $(BIN)/vla-rl run demo --run-dir runs/demo --resume --control $(ARGS)
 
 test: setup-dev check unit wheel smoke ## everything that must hold: check, tests, the wheel, the short main job
 
@@ -74,7 +77,8 @@ wheel:
 	@$(STAGE) "wheel: built, installed apart, every module imported" $(BIN)/python tools/check_wheel.py
 
 smoke:
-	@$(STAGE) "main job in its shortest form" $(BIN)/vla-rl demo --smoke --run-dir runs/demo_smoke
+	@rm -rf runs/demo_smoke
+	@$(STAGE) "main job in its shortest form" $(BIN)/vla-rl run demo_smoke --run-dir runs/demo_smoke
 
 clean: ## remove what checks and builds leave; keeps .venv and runs
 	@rm -rf build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis MUJOCO_LOG.TXT
