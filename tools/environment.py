@@ -310,7 +310,8 @@ def _create_venv(project: Project) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-    made = subprocess.run([sys.executable, "-m", "venv", project.venv], capture_output=True, text=True, check=False)
+    folder = os.path.realpath(project.venv)  # Python's venv refuses a link
+    made = subprocess.run([sys.executable, "-m", "venv", folder], capture_output=True, text=True, check=False)
     if made.returncode:
         raise SetupError(f"{sys.executable} -m venv failed:\n{made.stdout}{made.stderr}")
 
