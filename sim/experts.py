@@ -87,13 +87,12 @@ class ScriptedExpert:
         target = pick(plan.targets, self._phase) + self._bias
         opening = pick(plan.openings, self._phase)
         yaw = pick(plan.yaws, self._phase) if plan.yaws is not None else torch.zeros_like(opening)
+        limit = self._speed_limit(plan)
         tip, tip_yaw = env.view.tip_pos.clone(), env.view.tip_yaw
         actions = []
         for i in range(num_steps):
             motion = (target - tip) / control.max_step
-            motion = motion * (
-                self.config.max_action / motion.abs().amax(dim=1, keepdim=True).clamp(min=self.config.max_action)
-            )
+            motion = motion * (limit / torch.maximum(motion.abs().amax(dim=1, keepdim=True), limit))
             tip = tip + control.max_step * motion
             if control.yaw:
                 turn = torch.remainder(yaw - tip_yaw + torch.pi, 2 * torch.pi) - torch.pi
@@ -105,6 +104,13 @@ class ScriptedExpert:
             actions.append(torch.cat([motion, opening[:, None]], dim=1).clamp(-1.0, 1.0))
         self._dwell += num_steps
         return torch.stack(actions, dim=1)
+
+    def _speed_limit(self, plan: Plan) -> Tensor:
+        """Largest motion action now, [N, 1]."""
+        like = self._env.engine.qpos
+        if plan.speeds is None:
+            return like.new_full((len(self._phase), 1), self.config.max_action)
+        return like.new_tensor(plan.speeds)[self._phase, None].clamp(max=self.config.max_action)
 
     def _arrived_beside(self, plan: Plan) -> Tensor:
         """bool [N]: a clumsy expert takes its own, shifted waypoint for the right one when it is there."""

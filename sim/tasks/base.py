@@ -176,6 +176,7 @@ class Plan:
     closed, +1 open. `done`: bool [N, P], whether a phase's goal is reached now. `yaws [N, P]`: rad, or None for 0.
     `dwell [P]`: the least number of control steps a phase lasts (time for the jaws), or None for 0.
     `lost`: bool [N, P], whether a phase cannot succeed any more (the block slipped), so that the expert starts over.
+    `speeds [P]`: the largest motion action of a phase, in (0, 1] (to carry with care), or None for 1.
     """
 
     targets: Tensor
@@ -184,6 +185,7 @@ class Plan:
     yaws: Tensor | None = None
     dwell: Sequence[int] | None = None
     lost: Tensor | None = None
+    speeds: Sequence[float] | None = None
 
 
 class Task(Protocol):

@@ -12,6 +12,7 @@ from vla_rl.sim.tasks.base import Plan
 from vla_rl.sim.view import SceneView
 
 OPEN, CLOSED = 1.0, -1.0
+CARRY = 0.6  # speed with a block between the jaws: a jerk makes it slip
 JAW_STEPS = 5  # control steps that the jaws need to close on a block, or to let go of it
 
 
@@ -20,7 +21,7 @@ class Waypoint:
     """One phase of a plan. `target [N, 3]` m: where the fingertip goes, with the jaws at `opening`.
 
     `done`: bool [N]; None: the fingertip is within `tolerance` m of the target. `dwell`: least control steps.
-    `lost`: bool [N], start over; None: never.
+    `lost`: bool [N], start over; None: never. `speed`: the largest action, in (0, 1].
     """
 
     target: Tensor
@@ -29,6 +30,7 @@ class Waypoint:
     tolerance: float = 0.01
     dwell: int = 0
     lost: Tensor | None = None
+    speed: float = 1.0
 
 
 def make_plan(view: SceneView, waypoints: Sequence[Waypoint]) -> Plan:
@@ -40,7 +42,14 @@ def make_plan(view: SceneView, waypoints: Sequence[Waypoint]) -> Plan:
         torch.linalg.vector_norm(tip - w.target, dim=1) < w.tolerance if w.done is None else w.done for w in waypoints
     ]
     lost = torch.stack([never if w.lost is None else w.lost for w in waypoints], dim=1)
-    return Plan(targets, openings, torch.stack(done, dim=1), dwell=[w.dwell for w in waypoints], lost=lost)
+    return Plan(
+        targets,
+        openings,
+        torch.stack(done, dim=1),
+        dwell=[w.dwell for w in waypoints],
+        lost=lost,
+        speeds=[w.speed for w in waypoints],
+    )
 
 
 def shifted(position: Tensor, x: float = 0.0, y: float = 0.0, z: float = 0.0) -> Tensor:
@@ -72,8 +81,8 @@ def grasp(view: SceneView, block: Tensor, *, hover: float = 0.09, lift: float = 
     return [
         Waypoint(above, OPEN, done=over(view, above)),
         Waypoint(block, OPEN, tolerance=0.008),
-        Waypoint(block, CLOSED, done=~gone, dwell=JAW_STEPS, lost=gone),
-        Waypoint(raised, CLOSED, done=tip[:, 2] > lift - 0.01, lost=gone),
+        Waypoint(tip, CLOSED, done=~gone, dwell=JAW_STEPS, lost=gone),
+        Waypoint(raised, CLOSED, done=tip[:, 2] > lift - 0.01, lost=gone, speed=CARRY),
     ]
 
 
@@ -84,14 +93,14 @@ def release(view: SceneView, block: Tensor, goal: Tensor, *, drop: float, travel
     above, low = at_height(carried, travel), shifted(carried, z=drop)
     gone = ~grasped(view, block)
     return [
-        Waypoint(above, CLOSED, done=over(view, above, 0.006), lost=gone),
-        Waypoint(low, CLOSED, tolerance=0.006, lost=gone),
+        Waypoint(above, CLOSED, done=over(view, above, 0.006), lost=gone, speed=CARRY),
+        Waypoint(low, CLOSED, tolerance=0.006, lost=gone, speed=CARRY),
         Waypoint(view.tip_pos, OPEN, done=torch.ones_like(gone), dwell=JAW_STEPS),
         Waypoint(at_height(view.tip_pos, travel), OPEN, done=view.tip_pos[:, 2] > travel - 0.02),
     ]
 
 
 __all__ = [
-    "CLOSED", "JAW_STEPS", "OPEN", "Waypoint", "at_height", "grasp", "grasped", "make_plan", "over", "release",
+    "CARRY", "CLOSED", "JAW_STEPS", "OPEN", "Waypoint", "at_height", "grasp", "grasped", "make_plan", "over", "release",
     "shifted",
 ]  # fmt: skip
