@@ -28,8 +28,8 @@ from vla_rl.evaluation.report import Curve, ReportData, ReportRow, write_report
 from vla_rl.evaluation.result import EvalResult
 from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.native import load_policy
+from vla_rl.progress import format_duration
 from vla_rl.train.loop import POLICY_FOLDER, TrainConfig, run_training
-from vla_rl.train.metrics import format_duration
 from vla_rl.train.run_folder import describe_machine, describe_source
 
 START = "sft"

@@ -200,12 +200,12 @@ def test_a_killed_recording_goes_on_without_losing_or_repeating_an_episode(tmp_p
     assert same_datasets(tmp_path / "whole", path)
 
 
-def test_progress_has_an_eta_and_says_when_it_is_done(tmp_path):
+def test_progress_counts_episodes_and_says_when_it_is_done(tmp_path):
     stream = io.StringIO()
     record(tmp_path / "set", progress=stream)
     last = stream.getvalue().strip().splitlines()[-1]
-    assert last.startswith("demos 12/12 | ")
-    assert "ETA 0 s" in last
+    assert last.startswith("demos: 12/12 episodes  in ")
+    assert last.endswith("succeeded 8/12")
 
 
 def test_a_stochastic_expert_is_told_of_resets(tmp_path):

@@ -15,7 +15,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vla_rl.train.metrics import METRICS_FILE, MetricsLogger, Progress, format_duration, read_metrics
+from vla_rl.progress import Progress, format_duration
+from vla_rl.train.metrics import METRICS_FILE, MetricsLogger, read_metrics
 
 
 def log(run_dir, iterations, resume_after=None, scale=1.0):

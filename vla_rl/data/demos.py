@@ -19,6 +19,7 @@ from torch import Tensor
 from vla_rl.core import Observation
 from vla_rl.data.lerobot_format import DatasetError, DatasetSpec, ImageFormat
 from vla_rl.data.lerobot_writer import LeRobotWriter
+from vla_rl.progress import Progress
 from vla_rl.protocols import ChunkedVectorEnv
 
 Keep = Literal["all", "success"]
@@ -94,7 +95,7 @@ class _DemoCollector:
     def num_written(self) -> int:
         return self.writer.num_episodes + self.writer.num_pending
 
-    def run(self, shown: _Progress) -> None:
+    def run(self, progress: Progress | None) -> None:
         while self.num_written < self.num_episodes:
             self.start_episodes()
             if not self.running:
@@ -105,9 +106,9 @@ class _DemoCollector:
                 )
             self.step()
             self.write_finished()
-            shown.show(self.num_written, self.num_attempts, self.num_successes)
+            if progress is not None:
+                progress.update(self.num_written, succeeded=f"{self.num_successes}/{self.num_attempts}")
         self.writer.commit()
-        shown.show(self.num_written, self.num_attempts, self.num_successes, last=True)
 
     def start_episodes(self) -> None:
         """Start the next seeds in idle environments, no more than can still be needed."""
@@ -189,23 +190,6 @@ def _resume_position(writer: LeRobotWriter, seeds: Sequence[int], keep: Keep) ->
     return position
 
 
-class _Progress:
-    def __init__(self, stream: TextIO | None, total: int, already: int) -> None:
-        self.stream, self.total, self.already = stream, total, already
-        self.start = self.shown = time.monotonic()
-
-    def show(self, done: int, attempts: int, successes: int, *, last: bool = False) -> None:
-        now = time.monotonic()
-        if self.stream is None or (now - self.shown < 1.0 and not last):
-            return
-        self.shown = now
-        fresh = done - self.already
-        eta = f"{(now - self.start) / fresh * (self.total - done):.0f} s" if fresh else "unknown"
-        rate = f"{successes}/{attempts} succeeded" if attempts else "none ended yet"
-        end = "\n" if last or not self.stream.isatty() else "\r"
-        print(f"demos {done}/{self.total} | {rate} | ETA {eta}    ", end=end, file=self.stream, flush=True)
-
-
 def collect_demos(
     env: ChunkedVectorEnv,
     expert: Callable[[], Tensor],
@@ -240,8 +224,10 @@ def collect_demos(
         path, DatasetSpec.from_env(env.spec, image_format), episodes_per_commit=episodes_per_commit
     ) as writer:
         collector = _DemoCollector(env, expert, writer, num_episodes, seeds, keep, on_reset)
-        shown = _Progress(progress, num_episodes, writer.num_episodes)
-        collector.run(shown)
+        line = None
+        if progress is not None:
+            line = Progress(num_episodes, "demos", unit="episodes", initial=writer.num_episodes, stream=progress)
+        collector.run(line)
         return DemoSummary(
             path=Path(path),
             num_episodes=writer.num_episodes,

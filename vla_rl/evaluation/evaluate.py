@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from vla_rl.core import ChunkStep, Observation
 from vla_rl.evaluation.result import Episode, EvalResult
+from vla_rl.progress import Progress
 from vla_rl.protocols import ChunkedVectorEnv, Policy
 from vla_rl.rollout.recorder import EpisodeRecorder
-from vla_rl.train.metrics import Progress
 
 EnvT = TypeVar("EnvT", bound=ChunkedVectorEnv)
 

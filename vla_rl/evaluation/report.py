@@ -22,8 +22,9 @@ from vla_rl.evaluation.charts import Bar, Series, bar_chart, line_chart
 from vla_rl.evaluation.compare import Comparison, compare
 from vla_rl.evaluation.result import CRITERIA, EvalResult
 from vla_rl.evaluation.statistics import Difference, Rate
+from vla_rl.progress import format_duration
 from vla_rl.rollout.recorder import Recording
-from vla_rl.train.metrics import Metrics, format_duration, read_metrics
+from vla_rl.train.metrics import Metrics, read_metrics
 
 Role = Literal["baseline", "trained", "control", "expert", "other"]
 

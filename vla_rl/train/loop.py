@@ -21,13 +21,14 @@ from vla_rl.onpolicy.dppo import DenoisingDiscount
 from vla_rl.onpolicy.ppo import PPOConfig
 from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.native import save_policy
+from vla_rl.progress import Progress
 from vla_rl.protocols import Learner
 from vla_rl.rollout.collector import RolloutCollector
 from vla_rl.train.checkpoint import CheckpointError, load_state, save_state
 from vla_rl.train.demo_source import DatasetDemos
 from vla_rl.train.divergence import DivergenceError
 from vla_rl.train.interrupt import StopOnInterrupt
-from vla_rl.train.metrics import Metrics, MetricsLogger, Progress
+from vla_rl.train.metrics import Metrics, MetricsLogger
 
 STATE_FILE, POLICY_FOLDER, DIVERGED_FILE = "train_state.pt", "policy", "diverged_batch.safetensors"
 _MAY_CHANGE = ("num_iterations", "eval_interval", "checkpoint_interval")  # across a resume

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from vla_rl.core import EnvSpec, Observation
 from vla_rl.data.chunks import ChunkDataset, EpochSampler
 from vla_rl.policies.checkpoints.native import save_policy
+from vla_rl.progress import Progress
 from vla_rl.protocols import HasFeatures, HasSupervisedLoss, PolicyInputs, require, trainable_parameters
 from vla_rl.train.augmentation import AugmentationConfig, augment
 from vla_rl.train.checkpoint import load_state, save_state
 from vla_rl.train.divergence import DivergenceError, require_finite
 from vla_rl.train.ema import Ema
 from vla_rl.train.interrupt import StopOnInterrupt
-from vla_rl.train.metrics import MetricsLogger, Progress
+from vla_rl.train.metrics import MetricsLogger
 
 STATE_FILE, POLICY_FOLDER, DIVERGED_FILE = "sft_state.pt", "policy", "diverged_batch.safetensors"
 
