@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -20,7 +21,6 @@ from vla_rl.evaluation.video import read_video
 from vla_rl.policies.tiny import TinyVLA, TinyVLAConfig
 from vla_rl.protocols import StepOutcome
 from vla_rl.rollout.recorder import EpisodeRecorder
-from vla_rl.train import metrics
 
 HORIZON, DIM = 4, 2
 
@@ -379,7 +379,7 @@ def test_an_interrupted_evaluation_leaves_no_half_video(tmp_path):
 
 def test_progress_shows_episodes_and_the_rate(monkeypatch):
     stream = io.StringIO()
-    monkeypatch.setattr(metrics.sys, "stderr", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
     result = run(progress=True)
     last = stream.getvalue().splitlines()[-1]
     assert "evaluation of point: 40/40 ep" in last
