@@ -251,7 +251,8 @@ def _install_debian(packages: Sequence[str]) -> None:
     subprocess.run([*apt, "update"], env=environment, check=False)  # lists may be good enough without it
     known = [p for p in packages if _run_quietly(["apt-cache", "show", p])]  # newer releases have dropped libosmesa6
     try:
-        subprocess.run([*apt, "install", "-y", "--no-install-recommends", *known], env=environment, check=True)
+        install = [*apt, "install", "-y", "--no-install-recommends", *known]
+        subprocess.run(install, env=environment, stdout=subprocess.DEVNULL, check=True)
     except subprocess.CalledProcessError:
         raise SetupError(
             "apt-get could not install them (see above). Make it work, then run the same command again:\n"
