@@ -14,7 +14,8 @@ class EnvConfig:
     """A tabletop environment; see `make_tabletop` for the options.
 
     `task`: a name in `vla_rl.sim.tasks`. `cameras`: "agent", "wrist" or none, of `image_size` pixels in the square.
-    `max_episode_steps`: None takes the task's. `num_threads`: None takes all cores.
+    `max_episode_steps`: None takes the task's. `randomization` of looks and physics: "off", "train" or "test".
+    `engine`: "cpu" or "warp" (a GPU). `num_threads`: None takes all cores.
     """
 
     task: str = "reach"
@@ -24,6 +25,8 @@ class EnvConfig:
     reward: str = "sparse"
     max_episode_steps: int | None = None
     privileged_state: bool = False
+    randomization: str = "off"
+    engine: str = "cpu"
     num_threads: int | None = None
 
     @property
@@ -53,4 +56,6 @@ class EnvConfig:
             auto_reset=auto_reset,
             final_images=final_images,
             num_threads=self.num_threads,
+            randomization=self.randomization,
+            engine=self.engine,
         )

@@ -167,6 +167,20 @@ def test_stages_by_hand_and_evaluation_of_a_run(tmp_path, uninterrupted, monkeyp
     assert json.loads(capsys.readouterr().out)["overall"]["first"]["n"] == 4
 
 
+def test_options_reach_the_stages(tmp_path, uninterrupted, monkeypatch, capsys):
+    """A behaviour-cloning term on the demonstrations, in randomised worlds; and what it lacks without a dataset."""
+    monkeypatch.setitem(RECIPES, "small", f"{__name__}:small_recipe")
+    command = ["train", "small", "--from", str(uninterrupted / "sft" / "policy"), "--env.randomization", "train"]
+    command += ["--train.algorithm.actor.bc-coef", "0.1", "--train.num-iterations", "3"]
+    assert main([*command, "--run-dir", str(tmp_path / "without")]) == 1
+    assert "give --dataset" in capsys.readouterr().err
+    assert main([*command, "--run-dir", str(tmp_path / "with"), "--dataset", str(uninterrupted / "demos")]) == 0
+    metrics = metrics_of(tmp_path / "with")
+    assert metrics[-1]["update/bc_loss"] > 0
+    plain = metrics_of(uninterrupted / "rl")
+    assert metrics[0]["update/value_mean"] != plain[0]["update/value_mean"]  # the worlds look and move differently
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
