@@ -18,7 +18,7 @@ USAGE = """vla-rl: take a vision-language-action policy from demonstrations to a
   vla-rl recipes                             the complete configurations that there are
   vla-rl run RECIPE --run-dir DIR            all stages: demonstrations, SFT, RL, evaluation, report
   vla-rl demos RECIPE --out DIR              record demonstrations (a LeRobot dataset)
-  vla-rl sft RECIPE --demos DIR --run-dir DIR        fit a new policy to demonstrations
+  vla-rl sft RECIPE --dataset DIR --run-dir DIR      fit a new policy to demonstrations
   vla-rl train RECIPE --from POLICY --run-dir DIR    improve a policy by reinforcement learning
   vla-rl eval POLICY --out DIR               success on held-out episodes, with intervals
   vla-rl compare A B                         two evaluations, episode by episode

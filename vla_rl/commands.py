@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,11 +66,8 @@ class RunOptions:
 
 def run_command(argv: list[str]) -> int:
     """All stages of a recipe, and the report."""
-    name, recipe, rest = _named_recipe(argv, "run")
-    o = _parse(RunOptions(recipe), rest, f"run {name}")
-    recipe = o.recipe if o.seed is None else o.recipe.with_seed(o.seed)
-    _set_threads(recipe)
-    result = run_pipeline(recipe, o.run_dir, name=name, resume=o.resume, control=o.control)
+    o = _parse_with_recipe(RunOptions, argv, "run")
+    result = run_pipeline(o.recipe, o.run_dir, name=argv[0], resume=o.resume, control=o.control)
     for who in ("sft", "rl", "control", "expert"):
         if who in result.summary:
             rate = result.summary[who]
@@ -90,19 +87,18 @@ class DemosOptions:
 
 def demos_command(argv: list[str]) -> int:
     """Record demonstrations."""
-    name, recipe, rest = _named_recipe(argv, "demos")
-    o = _parse(DemosOptions(recipe), rest, f"demos {name}")
-    summary = record_demos(o.recipe if o.seed is None else o.recipe.with_seed(o.seed), o.out)
+    o = _parse_with_recipe(DemosOptions, argv, "demos")
+    summary = record_demos(o.recipe, o.out)
     print(f"{summary.num_episodes} episodes, {summary.num_frames} frames in {summary.path}")
     return 0
 
 
 @dataclass(frozen=True)
 class SftOptions:
-    """demos: folder of a LeRobot dataset. run_dir: folder of the run. resume: go on with an interrupted run."""
+    """dataset: folder of a LeRobot dataset. run_dir: folder of the run. resume: go on with an interrupted run."""
 
     recipe: RecipeFields
-    demos_dir: Annotated[Path, tyro.conf.arg(name="demos")] = _UNSET
+    dataset: Path = _UNSET
     run_dir: Path = _UNSET
     resume: bool = False
     seed: int | None = None
@@ -110,12 +106,9 @@ class SftOptions:
 
 def sft_command(argv: list[str]) -> int:
     """Fit a new policy to demonstrations."""
-    name, recipe, rest = _named_recipe(argv, "sft")
-    o = _parse(SftOptions(recipe), rest, f"sft {name}")
-    recipe = o.recipe if o.seed is None else o.recipe.with_seed(o.seed)
-    _set_threads(recipe)
-    run_dir = open_run_folder(o.run_dir, recipe, resume=o.resume)
-    result = fine_tune(recipe, o.demos_dir, run_dir, resume=o.resume)
+    o = _parse_with_recipe(SftOptions, argv, "sft")
+    run_dir = open_run_folder(o.run_dir, o.recipe, resume=o.resume)
+    result = fine_tune(o.recipe, o.dataset, run_dir, resume=o.resume)
     print(f"loss {result.final_loss:.4g} after {result.num_updates} updates; policy: {result.policy_folder}")
     return 0 if result.finished else 130
 
@@ -128,19 +121,16 @@ class TrainOptions:
     recipe: RecipeFields
     policy_dir: Annotated[Path, tyro.conf.arg(name="from")] = _UNSET
     run_dir: Path = _UNSET
-    demos_dir: Annotated[Path | None, tyro.conf.arg(name="dataset")] = None
+    dataset: Path | None = None
     resume: bool = False
     seed: int | None = None
 
 
 def train_command(argv: list[str]) -> int:
     """Improve a policy by reinforcement learning."""
-    name, recipe, rest = _named_recipe(argv, "train")
-    o = _parse(TrainOptions(recipe), rest, f"train {name}")
-    recipe = o.recipe if o.seed is None else o.recipe.with_seed(o.seed)
-    _set_threads(recipe)
-    run_dir = open_run_folder(o.run_dir, recipe, resume=o.resume)
-    result = reinforce(recipe, o.policy_dir, run_dir, resume=o.resume, dataset_path=o.demos_dir)
+    o = _parse_with_recipe(TrainOptions, argv, "train")
+    run_dir = open_run_folder(o.run_dir, o.recipe, resume=o.resume)
+    result = reinforce(o.recipe, o.policy_dir, run_dir, resume=o.resume, dataset_path=o.dataset)
     print(f"{result.num_iterations} iterations in {result.wall_s:.0f} s; policy: {result.policy_folder}")
     return 0 if result.finished else 130
 
@@ -205,10 +195,15 @@ def _parse(options: Any, argv: list[str], command: str) -> Any:
     )
 
 
-def _named_recipe(argv: list[str], command: str) -> tuple[str, Recipe, list[str]]:
+def _parse_with_recipe(options: Any, argv: list[str], command: str) -> Any:
+    """Options of a command whose first argument is a recipe's name; `--seed` is already in the recipe."""
     if not argv or argv[0].startswith("-"):
         raise UsageError(f"{command}: name a recipe first ({', '.join(RECIPES)}), then the options")
-    return argv[0], get_recipe(argv[0]), argv[1:]
+    parsed = _parse(options(get_recipe(argv[0])), argv[1:], f"{command} {argv[0]}")
+    if parsed.seed is not None:
+        parsed = replace(parsed, recipe=parsed.recipe.with_seed(parsed.seed))
+    _set_threads(parsed.recipe)
+    return parsed
 
 
 def _recipe_of(policy: Path) -> Recipe:

@@ -142,6 +142,7 @@ def test_a_finished_run_is_moved_aside_and_never_lost(tmp_path, uninterrupted, m
 
 def test_another_configuration_is_not_resumed(tmp_path, uninterrupted, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "demos").mkdir()
     (tmp_path / "run" / "config.json").write_text((uninterrupted / "config.json").read_text())
     monkeypatch.setitem(RECIPES, "small", f"{__name__}:small_recipe")
     command = ["run", "small", "--run-dir", str(tmp_path / "run"), "--resume", "--sft.learning-rate", "0.5"]
@@ -154,7 +155,7 @@ def test_stages_by_hand_and_evaluation_of_a_run(tmp_path, uninterrupted, monkeyp
     monkeypatch.setitem(RECIPES, "small", f"{__name__}:small_recipe")
     demos, sft, rl = (str(tmp_path / name) for name in ("demos", "sft", "rl"))
     assert main(["demos", "small", "--out", demos]) == 0
-    assert main(["sft", "small", "--demos", demos, "--run-dir", sft]) == 0
+    assert main(["sft", "small", "--dataset", demos, "--run-dir", sft]) == 0
     assert main(["train", "small", "--from", f"{sft}/policy", "--run-dir", rl]) == 0
     for name, folder in (("sft", sft), ("rl", rl)):
         ours = (tmp_path / name / "policy" / "policy.safetensors").read_bytes()
@@ -191,7 +192,7 @@ def test_options_reach_the_stages(tmp_path, uninterrupted, monkeypatch, capsys):
         (["eval", "nowhere/policy", "--out", "x"], 2, "lies in no run folder"),
         (["eval", "nowhere/policy", "--recipe", "demo", "--out", "x"], 1, "no such file"),
         (["train", "demo", "--from", "nowhere", "--run-dir", "RUN"], 1, "no such file"),
-        (["sft", "demo", "--demos", "nowhere", "--run-dir", "RUN"], 1, "nowhere"),
+        (["sft", "demo", "--dataset", "nowhere", "--run-dir", "RUN"], 1, "nowhere"),
         (["compare", "nowhere", "x"], 1, "holds no eval.json"),
         (["run", "demo", "--run-dir", "RUN", "--evaluation.split", "tset"], 2, ""),
         (["run", "demo", "--run-dir", "RUN", "--env.task", "fly"], 1, "task 'fly' is unknown"),

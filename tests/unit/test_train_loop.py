@@ -183,6 +183,8 @@ def test_run_folder(tmp_path):
     assert read_config(folder, EvalConfig) == config
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["python"].startswith("3.")
+    open_run_folder(folder, config, resume=False)  # nothing was done there yet
+    (folder / "rl").mkdir()
     with pytest.raises(RunFolderError, match="--resume"):
         open_run_folder(folder, config, resume=False)
     with pytest.raises(RunFolderError, match="num_episodes was 3 and is 4"):

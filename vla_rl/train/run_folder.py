@@ -35,7 +35,7 @@ def open_run_folder(path: str | Path, config: Any, *, resume: bool) -> Path:
     Raises RunFolderError where a run is there and `resume` is not set, and where the stored config is another.
     """
     path = Path(path)
-    if (path / CONFIG_FILE).exists():
+    if (path / CONFIG_FILE).exists() and _has_begun(path):
         if not resume:
             raise RunFolderError(
                 f"{path} holds a run already; add --resume to go on with it, or choose another --run-dir"
@@ -102,6 +102,11 @@ def describe_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": versions,
     }
+
+
+def _has_begun(path: Path) -> bool:
+    """Whether a stage left anything: a call that failed before it did is nothing to go on with."""
+    return any(entry.name not in (CONFIG_FILE, PROVENANCE_FILE, DIFF_FILE) for entry in path.iterdir())
 
 
 def _changes(where: str, stored: Any, here: Any) -> list[str]:
