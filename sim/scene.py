@@ -147,6 +147,7 @@ class Drawer:
 
     The joint's position is the opening in metres. The handle is a vertical bar `handle_reach` m in front of the
     drawer's face, which open jaws can close on or which a finger can hook. `half_width`: of the cabinet along y, m.
+    Face, handle and the cabinet's top take the episode's colour, so that both cameras see it.
     """
 
     name: str
@@ -165,7 +166,8 @@ class Drawer:
         w = self.half_width
         side, face, floor = w - 0.005, w - 0.013, w - 0.02
         return f"""
-<geom {shell} size=".07 {w} .004" pos="0 0 .086"/><geom {shell} size=".07 .005 .041" pos="0 {side} .041"/>
+<geom name="{self.name}/top" type="box" {_OBJECT} size=".07 {w} .004" pos="0 0 .086"/>
+<geom {shell} size=".07 .005 .041" pos="0 {side} .041"/>
 <geom {shell} size=".07 .005 .041" pos="0 -{side} .041"/><geom {shell} size=".004 {side} .041" pos=".066 0 .041"/>
 <body name="{self.name}/tray"><inertial pos="0 0 .03" mass=".3" diaginertia=".001 .001 .001"/>
  <joint name="{self.joint}" type="slide" axis="-1 0 0" range="0 {self.travel}" damping="4" frictionloss=".6"/>

@@ -65,7 +65,7 @@ def test_only_the_movable_block_has_degrees_of_freedom(scene: Scene) -> None:
 
 def test_an_episode_colours_named_geoms_only(scene: Scene) -> None:
     names = {scene.model.geom(g).name for g in scene.placements["drawer"].geoms}
-    assert names == {"drawer", "drawer/handle", "drawer/neck"}
+    assert names == {"drawer", "drawer/handle", "drawer/neck", "drawer/top"}
     assert len(scene.placements["bin"].geoms) == 5
 
 
