@@ -12,11 +12,13 @@ import pytest
 from tests.unit.test_packaging import MODULES, ROOT, load_tool
 
 TOOLS = ROOT / "tools"
+# What make hands down to these tests when it runs them.
+MADE = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "PYTHON", "TORCH", "ARGS", "NAME", "TEST_PROCESSES")
 SYSTEM_PATH = "/usr/bin:/bin"
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    clean = {k: v for k, v in os.environ.items() if k not in MADE}
     return subprocess.run(
         [str(part) for part in command], cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=120
     )
@@ -139,12 +141,12 @@ def test_demo_does_not_install_the_test_tools():
     done = run("make", "-n", "demo")
     assert "tools/setup.sh demo" in done.stdout
     assert "tools/setup.sh dev" not in done.stdout
-    assert ".venv/bin/vla-rl demo" in done.stdout
+    assert re.search(r"\.venv/bin/vla-rl (run )?demo ", done.stdout)
 
 
 def test_test_is_all_stages_in_order():
     lines = run("make", "-n", "test").stdout
-    stages = ["setup.sh dev", "ruff check", "ruff format", "pyright", "pytest -q -n", "check_wheel.py", "demo --smoke"]
+    stages = ["setup.sh dev", "ruff check", "ruff format", "pyright", "pytest -q -n", "check_wheel.py", "demo_smoke"]
     places = [lines.index(stage) for stage in stages]
     assert places == sorted(places)
 
