@@ -85,7 +85,8 @@ class Push:
         failure = (arrived > 0) | (blocks[..., 2] < -0.03).any(dim=1)
         block = pick(blocks, variables["block"])
         near = falling(torch.linalg.vector_norm(view.tip_pos - block, dim=1), 0.2)
-        return TaskStatus(success & ~failure, failure, 0.3 * near + 0.7 * falling(gap, 0.2))
+        progress = torch.where(success, 1.0, 0.3 * near + 0.7 * falling(gap, 0.2))
+        return TaskStatus(success & ~failure, failure, progress)
 
     def goal(self, view: SceneView, variables: Mapping[str, Tensor]) -> Tensor:
         block = pick(view.object_positions(BLOCKS), variables["block"])
