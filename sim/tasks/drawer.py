@@ -145,7 +145,7 @@ def cabinet_poses(
     offsets = {name: draw.place([name], min_distance=0.0, region=region)[name] for name in drawers}
     poses = {name: Pose(offsets[name].x, y + offsets[name].y) for name, y in zip(drawers, slots, strict=True)}
     for name, i in zip(distractors, draw.rng.permutation(len(drawers)).tolist(), strict=False):
-        below = poses[drawers[i]]
+        below = poses[drawers[int(i)]]
         x, y = draw.rng.uniform((-0.01, -0.035), (0.045, 0.035)).tolist()
         poses[name] = Pose(below.x + x, below.y + y, z=_TOP)
     return poses
