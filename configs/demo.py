@@ -2,9 +2,9 @@
 
 The task is to reach the block that a sentence names, seen by a 64-pixel camera. Demonstrations are few and clumsy on
 purpose, so that supervised fine-tuning leaves something to improve: it finds the block and misses the last centimetres.
-Measured, one run each, at a tolerance of 3 cm: 300 demonstrations and 600 updates gave .47, and RL ended at .87, because
-its frozen encoder did not always find the block; 450 and 900 gave .87 to .90. At the task's 2 cm that policy has .58, and
-RL from it .98.
+Measured, one run each, at a tolerance of 3 cm: 300 demonstrations and 600 updates gave .47, and RL ended at .87, as
+its frozen encoder did not always find the block; 450 and 900 gave .87 to .90. At the task's 2 cm that policy has .58,
+and RL from it .98.
 """
 
 from __future__ import annotations

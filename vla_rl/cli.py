@@ -33,17 +33,20 @@ class UsageError(ValueError):
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 when the command did its work, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE)
-        return 0 if arguments else 2
-    name, *rest = arguments
     try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(USAGE, flush=True)
+            return 0 if arguments else 2
+        name, *rest = arguments
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             raise UsageError(f"there is no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         from vla_rl import commands  # torch and the simulator take seconds to import: not for a list of commands
 
         return getattr(commands, f"{name}_command")(rest)
+    except BrokenPipeError:  # whoever read the output has seen enough: `vla-rl recipes | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("\ninterrupted; what was saved stays, --resume goes on from there", file=sys.stderr)
         return 130
