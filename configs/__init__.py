@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,10 +24,17 @@ RECIPES = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises ValueError for an unknown one."""
-    if name not in RECIPES:
+    """The recipe of that name, or of a function of your own, `module:function`, the module lying on the path or in the
+    working folder. Raises ValueError where there is none."""
+    entry = RECIPES.get(name, name)
+    module, colon, function = entry.partition(":")
+    if not colon:
         near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "choose one"
+        hint = f"did you mean {near[0]!r}?" if near else "choose one, or name your own as module:function"
         raise ValueError(f"there is no recipe {name!r}; {hint} (known: {', '.join(RECIPES)})")
-    module, _, function = RECIPES[name].partition(":")
-    return getattr(importlib.import_module(module), function)()
+    if entry == name:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)()
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"recipe {name!r} cannot be loaded: {error}") from error

@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,6 +181,19 @@ def test_options_reach_the_stages(tmp_path, uninterrupted, monkeypatch, capsys):
     assert metrics[-1]["update/bc_loss"] > 0
     plain = metrics_of(uninterrupted / "rl")
     assert metrics[0]["update/value_mean"] != plain[0]["update/value_mean"]  # the worlds look and move differently
+
+
+def test_a_recipe_of_ones_own(tmp_path, monkeypatch, capsys):
+    """`module:function` from the working folder, as docs/add_a_task.md has it."""
+    page = (Path(__file__).parents[2] / "docs" / "add_a_task.md").read_text()
+    (tmp_path / "move_aside.py").write_text(page.split("```python\n")[1].split("```")[0])
+    recipe = next(block for block in page.split("```py\n") if block.startswith("from dataclasses")).split("```")[0]
+    (tmp_path / "my_recipes.py").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    assert main(["demos", "my_recipes:aside", "--out", "demos", "--demos.num-episodes", "2", "--seed", "3"]) == 0
+    assert "2 episodes" in capsys.readouterr().out
+    assert main(["demos", "my_recipes:other", "--out", "x"]) == 1
+    assert "has no attribute 'other'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
