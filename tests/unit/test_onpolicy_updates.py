@@ -255,11 +255,10 @@ def test_bc_term_fits_demonstrations_and_needs_a_source():
 def test_resume_is_bit_equal(name):
     def start():
         sampler = make_sampler(SAMPLERS[name])
-        return PPO(sampler, config(reference_kl_coef=0.01)), make_collector(sampler)
+        return PPO(sampler, config(reference_kl_coef=0.01, learning_rate_decay=0.5)), make_collector(sampler)
 
     def go_on(ppo, collector, iterations):
-        for _ in range(iterations):
-            ppo.update(with_rewards(collector.collect(4)))
+        return [ppo.update(with_rewards(collector.collect(4))) for _ in range(iterations)]
 
     whole, collector = start()
     go_on(whole, collector, 3)
@@ -268,7 +267,9 @@ def test_resume_is_bit_equal(name):
     resumed, again = start()
     resumed.load_state_dict(saved[0])
     again.load_state_dict(saved[1])
-    go_on(resumed, again, 3)
+    metrics = go_on(resumed, again, 3)
+    first = config().actor.learning_rate * 0.5 ** (3 - config().critic_warmup_iterations)
+    assert [m["learning_rate"] for m in metrics] == pytest.approx([first, first / 2, first / 4])
     for part in ("policy", "noise_head", "reference"):
         ours, other = whole.state_dict()["actor"][part], resumed.state_dict()["actor"][part]
         assert (ours is None) == (other is None)

@@ -22,13 +22,16 @@ DemoSource = Callable[[int], tuple[PolicyInputs, Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class ActorConfig:
-    """`clip`: bound on |ratio - 1|. `dual_clip`: for a negative advantage the objective never falls below
+    """`learning_rate_decay`: factor from one update to the next (1: none). What is noise in the gradient moves a policy
+    too; with `reference_kl_coef` a falling rate lets it come back from where noise alone has led it.
+    `clip`: bound on |ratio - 1|. `dual_clip`: for a negative advantage the objective never falls below
     dual_clip * advantage (None: off). `target_kl`: stop the update where the k3 estimate of the joint KL of a minibatch
     exceeds it (None: never). `entropy_coef`: only where the standard deviation is learned. `reference_kl_coef`: KL to
     the policy as it was at the start. `bc_coef`: supervised loss on demonstrations. `recompute_log_probs`: score the
     traces once more before the update; needed where rollouts run in another precision."""
 
     learning_rate: float = 1e-4
+    learning_rate_decay: float = 1.0
     adam_betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     num_epochs: int = 4
@@ -49,6 +52,10 @@ class ActorConfig:
             raise ValueError(f"dual_clip is {self.dual_clip}, expected > 1 (3 is customary)")
         if self.num_epochs < 1 or self.minibatch_size < 1:
             raise ValueError("num_epochs and minibatch_size must be at least 1")
+        if not 0.0 < self.learning_rate_decay <= 1.0:
+            raise ValueError(
+                f"learning_rate_decay is {self.learning_rate_decay}, expected 0 < learning_rate_decay <= 1"
+            )
         for name in ("entropy_coef", "reference_kl_coef", "bc_coef"):
             if getattr(self, name) < 0.0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected >= 0")
@@ -173,6 +180,9 @@ class ActorUpdate:
                 sums["actor_grad_norm"] = sums.get("actor_grad_norm", 0.0) + self._step(loss, minibatch)
             if stopped:
                 break
+        learning_rate = self._optimizer.param_groups[0]["lr"]
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate * config.learning_rate_decay
         highest = sums.pop("joint_kl_max", 0.0)
         means = {name: value / count for name, value in sums.items()}
         return (
@@ -181,6 +191,7 @@ class ActorUpdate:
             | {
                 "joint_kl_max": highest,
                 "joint_clip": self.sampler.joint_clip(config.clip),
+                "learning_rate": learning_rate,
                 "actor_steps": float(count - stopped),
                 "kl_stopped": float(stopped),
             }
