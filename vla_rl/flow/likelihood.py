@@ -7,7 +7,7 @@ log-probability of a chunk by half a nat.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,18 @@ class LogProb:
     entropy: Tensor | None
     mean: Tensor
     std: Tensor
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> LogProb:
+        return LogProb(**{name: None if x is None else function(x) for name, x in vars(self).items()})
+
+    def select(self, rows: Tensor) -> LogProb:
+        """The chains at `rows`, int64 [M]."""
+        return self._map(lambda x: x[rows])
+
+    @staticmethod
+    def concatenate(parts: Sequence[LogProb]) -> LogProb:
+        columns = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+        return LogProb(**{name: None if c[0] is None else torch.cat(c) for name, c in columns.items()})
 
 
 def velocity_of(policy: FlowPolicy | VelocityFunction) -> Callable[[Prefix | None, Tensor, Tensor], VelocityOutput]:

@@ -109,6 +109,15 @@ class ActorData:
         return self.advantages.shape[0]
 
 
+@dataclass(frozen=True)
+class _FixedScores:
+    """`old_values` [M, E], `old_joint` [M]: of the behaviour policy. `reference`: the reference policy's, if in use."""
+
+    old_values: Tensor
+    old_joint: Tensor
+    reference: LogProb | None
+
+
 def clipped_loss(ratio: Tensor, advantages: Tensor, clip: Tensor | float, dual_clip: float | None) -> Tensor:
     """Negative PPO objective (arXiv 1707.06347, Eq 7; dual clip arXiv 1912.09729, Eq 5), elementwise."""
     bound = torch.as_tensor(clip, dtype=ratio.dtype, device=ratio.device)
@@ -161,14 +170,14 @@ class ActorUpdate:
         """Minibatch epochs of the clipped objective. Metrics are means over minibatches unless their name says else."""
         config, policy = self.config, self.sampler.policy
         policy.eval()  # dropout would make the ratio noisy
-        old_values, old_joint = self._old_log_probs(data)
+        fixed = self._fixed_scores(data)
         num_minibatches = max(1, -(-len(data) // config.minibatch_size))
         sums: dict[str, float] = {}
         count, first, stopped = 0, {}, False
         for _ in range(config.num_epochs):
             order = torch.randperm(len(data), generator=generator, device=generator.device).to(data.advantages.device)
             for rows in order.tensor_split(num_minibatches):
-                loss, metrics, minibatch = self._loss(data, rows, old_values[rows], old_joint[rows], generator)
+                loss, metrics, minibatch = self._loss(data, rows, fixed, generator)
                 first = first or {"ratio_error_first": metrics["ratio_error"], "joint_kl_first": metrics["joint_kl"]}
                 stopped = config.target_kl is not None and metrics["joint_kl"] > config.target_kl
                 for name, value in metrics.items():
@@ -197,17 +206,24 @@ class ActorUpdate:
             }
         )
 
-    def _old_log_probs(self, data: ActorData) -> tuple[Tensor, Tensor]:
-        """The behaviour policy's scores: as they were drawn, or computed again in the update's precision."""
+    def _fixed_scores(self, data: ActorData) -> _FixedScores:
+        """What stays as it is through the epochs. The behaviour policy's scores are those of the drawing, or computed
+        again in the update's precision."""
+        reference = None if self._reference is None else self._score_all(self._reference, data)
         if not self.config.recompute_log_probs:
-            return data.trace.values, data.trace.log_prob
-        values, joint = [], []
-        with torch.no_grad():
-            for rows in torch.arange(len(data), device=data.advantages.device).split(self.config.minibatch_size):
-                score = self.sampler.score(self._prefix(data, rows), data.trace.select(rows))
-                values.append(score.values)
-                joint.append(score.joint)
-        return torch.cat(values), torch.cat(joint)
+            return _FixedScores(data.trace.values, data.trace.log_prob, reference)
+        score = self._score_all(self.sampler, data)
+        return _FixedScores(score.values, score.joint, reference)
+
+    @torch.no_grad()
+    def _score_all(self, sampler: ChunkSampler, data: ActorData) -> LogProb:
+        every = torch.arange(len(data), device=data.advantages.device)
+        return LogProb.concatenate(
+            [
+                sampler.score(self._prefix(data, rows, sampler), data.trace.select(rows))
+                for rows in every.split(self.config.minibatch_size)
+            ]
+        )
 
     def _prefix(self, data: ActorData, rows: Tensor, sampler: ChunkSampler | None = None) -> Prefix:
         if data.prefix is not None:
@@ -217,20 +233,20 @@ class ActorUpdate:
         return (sampler or self.sampler).policy.encode(data.inputs.select(rows))
 
     def _loss(
-        self, data: ActorData, rows: Tensor, old_values: Tensor, old_joint: Tensor, generator: torch.Generator
+        self, data: ActorData, rows: Tensor, fixed: _FixedScores, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float], dict[str, Tensor]]:
-        config = self.config
+        config, old_joint = self.config, fixed.old_joint[rows]
         trace = data.trace.select(rows)
         score = self.sampler.score(self._prefix(data, rows), trace)
-        ratio = torch.exp(score.values - old_values)
+        ratio = torch.exp(score.values - fixed.old_values[rows])
         advantages, clip = data.advantages[rows][:, None], config.clip
         if self._weighting is not None:
             advantages = advantages * self._weighting.advantage_weight(score.step)
             clip = self._weighting.clip(score.step, clip)
         loss = clipped_loss(ratio, advantages, clip, config.dual_clip).mean()
         metrics = {"policy_loss": loss.detach()}
-        extra = self._regularisers(data, rows, trace, score, metrics, generator)
-        loss = loss + extra
+        reference = None if fixed.reference is None else fixed.reference.select(rows)
+        loss = loss + self._regularisers(score, reference, metrics, generator)
         with torch.no_grad():
             deviation = (ratio - 1.0).abs()
             metrics["ratio_error"] = deviation.max()
@@ -242,13 +258,7 @@ class ActorUpdate:
         return loss, {name: float(value) for name, value in metrics.items()}, minibatch
 
     def _regularisers(
-        self,
-        data: ActorData,
-        rows: Tensor,
-        trace: Any,
-        score: LogProb,
-        metrics: dict[str, Tensor],
-        generator: torch.Generator,
+        self, score: LogProb, reference: LogProb | None, metrics: dict[str, Tensor], generator: torch.Generator
     ) -> Tensor:
         config, total = self.config, torch.zeros((), device=score.joint.device)
         if score.entropy is not None:
@@ -256,14 +266,12 @@ class ActorUpdate:
             total = total - config.entropy_coef * score.entropy.mean()
         elif config.entropy_coef > 0.0:
             raise ValueError("entropy_coef has no effect: this sampler's standard deviation is fixed. Set it to 0")
-        if self._reference is not None:
-            with torch.no_grad():
-                other = self._reference.score(self._prefix(data, rows, self._reference), trace)
-            divergence = chain_kl(score, other).mean()
+        if reference is not None:
+            divergence = chain_kl(score, reference).mean()
             metrics["reference_kl"] = divergence.detach()
             total = total + config.reference_kl_coef * divergence
         if self._demos is not None:
-            inputs, actions, mask = self._demos(len(rows))
+            inputs, actions, mask = self._demos(len(score.joint))
             loss = self.sampler.policy.supervised_loss(inputs, actions, mask, generator).mean()
             metrics["bc_loss"] = loss.detach()
             total = total + config.bc_coef * loss
