@@ -19,7 +19,7 @@ def flow_noise() -> Recipe:
     """Flow-Noise: a learned standard deviation in every denoising step, and an entropy bonus that keeps it open."""
     recipe = demo()
     assert isinstance(recipe.train.algorithm, PPOConfig)
-    actor = replace(recipe.train.algorithm.actor, entropy_coef=0.01)
+    actor = replace(recipe.train.algorithm.actor, learning_rate=1e-4, entropy_coef=0.01)
     sampler = FlowSamplerConfig(
         kernel="flow_noise", mode="full", reduction="per_step", scored_horizon=EXECUTION_HORIZON
     )
