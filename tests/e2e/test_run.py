@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.unit.killable import Killable
-from vla_rl.cli import main
+from vla_rl.cli import COMMANDS, main
 from vla_rl.configs import RECIPES, get_recipe
 from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
 from vla_rl.policies.checkpoints.native import load_policy
@@ -194,6 +194,33 @@ def test_a_recipe_of_ones_own(tmp_path, monkeypatch, capsys):
     assert "2 episodes" in capsys.readouterr().out
     assert main(["demos", "my_recipes:other", "--out", "x"]) == 1
     assert "has no attribute 'other'" in capsys.readouterr().err
+
+
+def test_the_readme_is_right(uninterrupted, capsys):
+    """Its Python runs (on a small policy, for one iteration), and its commands and options exist."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    for said, here in (
+        ("runs/demo/sft/policy", str(uninterrupted / "sft" / "policy")),
+        ("num_envs=64", "num_envs=2"),
+        ("range(100)", "range(1)"),
+    ):
+        assert said in code
+        code = code.replace(said, here)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "rollout/success_rate" in capsys.readouterr().out
+    lines = [line.split("#")[0].split() for line in readme.splitlines() if line.startswith("vla-rl ")]
+    assert {line[1] for line in lines} >= set(COMMANDS)
+    for _, command, *arguments in lines:
+        with pytest.raises(SystemExit) as stop:
+            recipe = [] if command in ("doctor", "compare", "eval") else arguments[:1]
+            if command == "recipes":
+                raise SystemExit(main(["recipes"]))
+            recipe = ["x", "--recipe", "demo"] if command == "eval" else recipe
+            main([command, *recipe, "--help"])
+        assert stop.value.code == 0
+        shown = capsys.readouterr().out
+        assert [a for a in arguments if a.startswith("--") and a not in shown] == [], command
 
 
 @pytest.mark.parametrize(
