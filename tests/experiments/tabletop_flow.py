@@ -3,8 +3,8 @@
     make experiment NAME=tabletop_flow
 
 For each seed: new demonstrations, a new policy fitted to them, and from it every method. 256 episodes of the split
-"test". Required: the start between .3 and .65, each method .90 or more, the control (Flow-SDE on shuffled advantages) at most
-.08 above its start.
+"test". Required: the start between .3 and .65, each method .90 or more, the control (Flow-SDE on shuffled advantages)
+at most .08 above its start.
 """
 
 from __future__ import annotations
