@@ -30,7 +30,7 @@ EXECUTION_HORIZON = 4
 def demo() -> Recipe:
     """Reach by sentence and picture: 450 clumsy demonstrations, flow matching, Flow-SDE PPO."""
     return Recipe(
-        env=EnvConfig(task="reach", cameras=("agent",), image_size=64, max_episode_steps=24),
+        env=EnvConfig(task="reach", cameras=("agent",), image_size=64),
         demos=DemosConfig(num_episodes=450, num_envs=32, expert=ExpertConfig(action_noise=0.4)),
         policy=TinyVLAConfig(action_horizon=8),
         sft=SFTConfig(

@@ -1,4 +1,4 @@
-"""The command line: `vla-rl doctor | run | demos | sft | train | eval | compare | recipes`.
+"""The command line: `vla-rl doctor | run | demos | sft | train | eval | compare | report | recipes`.
 
 A recipe names a complete configuration, and every field of it is an option, as `--train.num-iterations 50`.
 """
@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-COMMANDS = ("doctor", "recipes", "run", "demos", "sft", "train", "eval", "compare")
+COMMANDS = ("doctor", "recipes", "run", "demos", "sft", "train", "eval", "compare", "report")
 USAGE = """vla-rl: take a vision-language-action policy from demonstrations to a real arm with reinforcement learning
 
   vla-rl doctor                              what this machine can run, and how to get what is missing
@@ -22,6 +22,7 @@ USAGE = """vla-rl: take a vision-language-action policy from demonstrations to a
   vla-rl train RECIPE --from POLICY --run-dir DIR    improve a policy by reinforcement learning
   vla-rl eval POLICY --out DIR               success on held-out episodes, with intervals
   vla-rl compare A B                         two evaluations, episode by episode
+  vla-rl report DIR                          the report of a run once more
 
   vla-rl COMMAND --help shows all options; add --resume to go on with what was interrupted."""
 

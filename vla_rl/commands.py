@@ -16,7 +16,7 @@ from vla_rl.configs import RECIPES, get_recipe
 from vla_rl.doctor import run_doctor
 from vla_rl.evaluation.compare import compare
 from vla_rl.evaluation.result import EvalResult
-from vla_rl.train.pipeline import run_pipeline
+from vla_rl.train.pipeline import run_pipeline, write_run_report
 from vla_rl.train.recipe import Recipe
 from vla_rl.train.run_folder import CONFIG_FILE, open_run_folder, read_config
 from vla_rl.train.stages import evaluate_stage, fine_tune, record_demos, reinforce
@@ -67,7 +67,7 @@ class RunOptions:
 def run_command(argv: list[str]) -> int:
     """All stages of a recipe, and the report."""
     o = _parse_with_recipe(RunOptions, argv, "run")
-    result = run_pipeline(o.recipe, o.run_dir, name=argv[0], resume=o.resume, control=o.control)
+    result = run_pipeline(o.recipe, o.run_dir, resume=o.resume, control=o.control)
     for who in ("sft", "rl", "control", "expert"):
         if who in result.summary:
             rate = result.summary[who]
@@ -160,6 +160,19 @@ def eval_command(argv: list[str]) -> int:
     _set_threads(o.recipe)
     result, _ = evaluate_stage(o.recipe, policy, o.out, label=str(policy))
     print(result.format_table())
+    return 0
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """run_dir: folder that `run` wrote."""
+
+    run_dir: tyro.conf.Positional[Path]
+
+
+def report_command(argv: list[str]) -> int:
+    """Write the report of a run once more."""
+    print(write_run_report(_parse(ReportOptions, argv, "report").run_dir))
     return 0
 
 

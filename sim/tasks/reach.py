@@ -35,7 +35,7 @@ class Reach:
     any other object, so a policy that ignores the sentence fails at two of three episodes or more."""
 
     name = "reach"
-    max_episode_steps = 40
+    max_episode_steps = 24
     goal_names: tuple[str, ...] = ("target_x", "target_y", "target_z")
     tolerance = 0.02
     hover = 0.10  # m above the goal, where the expert travels

@@ -36,7 +36,7 @@ def small_recipe() -> Recipe:
 def run_all(run_dir):
     """What the killed process does."""
     torch.set_num_threads(1)
-    run_pipeline(small_recipe(), run_dir, name="small", resume=True)
+    run_pipeline(small_recipe(), run_dir, resume=True)
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +149,11 @@ def test_another_configuration_is_not_resumed(tmp_path, uninterrupted, monkeypat
     command = ["run", "small", "--run-dir", str(tmp_path / "run"), "--resume", "--sft.learning-rate", "0.5"]
     assert main(command) == 1
     assert "sft.learning_rate was 0.002 and is 0.5" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "run")]) == 1
+    assert "has no evaluation yet" in capsys.readouterr().err
+    page = (uninterrupted / "report.html").read_text()
+    assert main(["report", str(uninterrupted)]) == 0
+    assert (uninterrupted / "report.html").read_text() == page
 
 
 def test_stages_by_hand_and_evaluation_of_a_run(tmp_path, uninterrupted, monkeypatch, capsys):

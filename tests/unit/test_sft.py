@@ -210,6 +210,9 @@ def test_resume_after_sigkill_is_bit_equal(tmp_path):
     run_sft(resumed, Demonstrations(), CONFIG, tmp_path / "cut", resume=True, tensorboard=False)
     run_sft(whole, Demonstrations(), CONFIG, tmp_path / "whole", tensorboard=False)
     assert same_parameters(whole, resumed)
+    assert CONFIG.checkpoint_interval % CONFIG.log_interval  # a mean loss is resumed in the middle
+    for ours, theirs in zip(*(read_metrics(tmp_path / name) for name in ("whole", "cut")), strict=True):
+        assert ours["sft/loss"] == theirs["sft/loss"]
 
 
 def test_interrupt_stops_after_an_update_and_resumes(tmp_path):

@@ -30,16 +30,18 @@ from vla_rl.train.run_folder import (
     PROVENANCE_FILE,
     RunFolderError,
     open_run_folder,
+    read_config,
 )
 from vla_rl.train.stages import evaluate_expert, evaluate_stage, fine_tune, record_demos, reinforce
 
 SUMMARY_FILE, REPORT_FILE, STAGES_FILE = "summary.json", "report.html", "stages.json"
 _ROLES = {"sft": "baseline", "rl": "trained", "control": "control", "expert": "expert"}
+_LABELS = {"sft": "SFT", "rl": "RL", "control": "shuffled advantages", "expert": "scripted expert"}
 _NOTES = {
     "sft": "supervised fine-tuning on the demonstrations",
     "rl": "reinforcement learning from there",
-    "control": "the same on shuffled advantages: must not learn",
-    "expert": "scripted, sees the simulator's state",
+    "control": "the control: the same RL without information, must not learn",
+    "expert": "sees the simulator's state",
 }
 
 
@@ -84,9 +86,7 @@ class Stages:
             raise Interrupted(f"stopped in stage {name}; everything is saved, add --resume to go on")
 
 
-def run_pipeline(
-    recipe: Recipe, run_dir: str | Path, *, name: str, resume: bool = False, control: bool = False
-) -> PipelineResult:
+def run_pipeline(recipe: Recipe, run_dir: str | Path, *, resume: bool = False, control: bool = False) -> PipelineResult:
     """Run what is not done yet, and write summary and report.
 
     A finished run in `run_dir` is kept: it is moved aside, and a new one begins. `control` adds the stage that trains
@@ -108,11 +108,9 @@ def run_pipeline(
     stages.run("evaluation", lambda: _evaluate_all(recipe, run_dir, ["sft", "rl"]))
     if control:
         stages.run("control evaluation", lambda: _evaluate_all(recipe, run_dir, ["control"]))
-    summary = _summarise(run_dir, stages, report_s=0.0)
     began = time.monotonic()
-    _report(recipe, run_dir, stages, name)
-    summary = _summarise(run_dir, stages, report_s=time.monotonic() - began)
-    return PipelineResult(run_dir, summary)
+    write_run_report(run_dir)
+    return PipelineResult(run_dir, _summarise(run_dir, stages, report_s=time.monotonic() - began))
 
 
 def _set_aside_if_finished(run_dir: Path, control: bool) -> None:
@@ -160,9 +158,13 @@ def _recordings(run_dir: Path, who: str) -> dict[int, Recording]:
     return {r["seed"]: Recording(**(r | {"path": run_dir / r["path"]})) for r in listed}
 
 
-def _report(recipe: Recipe, run_dir: Path, stages: Stages, name: str) -> Path:
+def write_run_report(run_dir: Path) -> Path:
+    """The report of what lies in `run_dir`. Raises RunFolderError where that is no run with an evaluation."""
+    recipe, stages = read_config(run_dir, Recipe), Stages(run_dir)
+    if "evaluation" not in stages.done:
+        raise RunFolderError(f"{run_dir} has no evaluation yet; go on with it: vla-rl run ... --resume")
     rows = tuple(
-        ReportRow(who.upper() if who in ("sft", "rl") else who, _ROLES[who], result, _NOTES[who])  # pyright: ignore
+        ReportRow(_LABELS[who], _ROLES[who], result, _NOTES[who])  # pyright: ignore
         for who, result in _results(run_dir).items()
     )
     curves = tuple(
@@ -182,7 +184,7 @@ def _report(recipe: Recipe, run_dir: Path, stages: Stages, name: str) -> Path:
     return write_report(
         run_dir / REPORT_FILE,
         ReportData(
-            title=f"{name}: {recipe.env.task}",
+            title=f"{run_dir.resolve().name}: {recipe.env.task}",
             rows=rows,
             command=provenance["command"],
             description=_describe_episodes(recipe),
@@ -205,4 +207,4 @@ def _text(value: Any) -> str:
     return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
-__all__ = ["Interrupted", "PipelineResult", "RunFolderError", "run_pipeline"]
+__all__ = ["Interrupted", "PipelineResult", "RunFolderError", "run_pipeline", "write_run_report"]

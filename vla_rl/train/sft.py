@@ -139,6 +139,7 @@ class SupervisedTrainer:
         self.ema = Ema(parameters, config.ema_decay) if config.ema_decay > 0 else None
         self.generator = torch.Generator().manual_seed(config.seed)
         self.num_updates = 0
+        self.recent_losses: list[float] = []  # since the last line of metrics; a resumed run logs the same mean
         if config.precision == "bfloat16" and self.device.type == "cpu":
             raise ValueError("precision 'bfloat16' is for a GPU and the policy is on the CPU; use 'auto' or 'float32'")
 
@@ -165,6 +166,7 @@ class SupervisedTrainer:
         if self.ema is not None:
             self.ema.update()
         self.num_updates += 1
+        self.recent_losses.append(loss)
         return {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate}
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -178,6 +180,7 @@ class SupervisedTrainer:
             "ema": None if self.ema is None else self.ema.state_dict(),
             "generator": self.generator.get_state(),
             "num_updates": self.num_updates,
+            "recent_losses": list(self.recent_losses),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -189,6 +192,7 @@ class SupervisedTrainer:
             self.ema.load_state_dict(state["ema"])
         self.generator.set_state(state["generator"])
         self.num_updates = int(state["num_updates"])
+        self.recent_losses = list(state["recent_losses"])
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.precision == "float32" or self.device.type == "cpu":
@@ -219,20 +223,19 @@ def run_sft(
     progress = Progress(config.num_updates, "sft", unit="updates", initial=trainer.num_updates)
     policy.train()
     begin, last_loss = time.monotonic(), math.nan
-    logged, losses = time.monotonic(), []
+    logged_s, logged_updates = time.monotonic(), trainer.num_updates
     with (
         StopOnInterrupt() as stop,
         MetricsLogger(run_dir, resume_after=trainer.num_updates if resume else None, tensorboard=tensorboard) as log,
     ):
         while trainer.num_updates < config.num_updates and not stop.requested:
             metrics = _update(trainer, sampler, run_dir)
-            losses.append(metrics["loss"])
             last_loss = metrics["loss"]
             if trainer.num_updates % config.log_interval == 0 or trainer.num_updates == config.num_updates:
-                rate = len(losses) * config.batch_size / (time.monotonic() - logged)
-                metrics["loss"] = last_loss = sum(losses) / len(losses)
+                rate = (trainer.num_updates - logged_updates) * config.batch_size / (time.monotonic() - logged_s)
+                metrics["loss"] = last_loss = sum(trainer.recent_losses) / len(trainer.recent_losses)
                 log.log(trainer.num_updates, {f"sft/{k}": v for k, v in metrics.items()} | {"sft/samples_per_s": rate})
-                logged, losses = time.monotonic(), []
+                logged_s, logged_updates, trainer.recent_losses = time.monotonic(), trainer.num_updates, []
             progress.update(trainer.num_updates, loss=last_loss)
             if trainer.num_updates % config.checkpoint_interval == 0:
                 _save(trainer, sampler, run_dir, spec)
