@@ -13,6 +13,7 @@ from vla_rl.flow.sampling import ode
 from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig, flow_matching_loss
 from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
 from vla_rl.policies.blocks.sizes import require_sizes
+from vla_rl.policies.blocks.state_only import state_inputs, state_prefix
 from vla_rl.protocols import PolicyInputs, Prefix, VelocityOutput
 
 
@@ -69,14 +70,10 @@ class FlowMLP(nn.Module):
 
     def preprocess(self, obs: Observation) -> PolicyInputs:
         """Normalise the state. Raises ValueError where its size is another one."""
-        if obs.state.shape[1] != self.config.state_dim:
-            raise ValueError(f"the policy needs state [N, {self.config.state_dim}], got {tuple(obs.state.shape)}")
-        state = self.state_normalizer.normalize(obs.state.to(self.input.weight.device))
-        return PolicyInputs({}, torch.zeros(len(obs), 0, dtype=torch.int64, device=state.device), state)
+        return state_inputs(obs, self.state_normalizer)
 
     def encode(self, inputs: PolicyInputs) -> Prefix:
-        mask = torch.ones(len(inputs), 1, dtype=torch.bool, device=inputs.state.device)
-        return Prefix(inputs.state[:, None], mask, inputs.state)
+        return state_prefix(inputs)
 
     def velocity(self, prefix: Prefix, x_t: Tensor, flow_time: Tensor) -> VelocityOutput:
         """`x_t` [N, H, A], `flow_time` [N] -> velocity [N, H, A]; hidden [N, H, width + H], the last H one-hot."""

@@ -15,6 +15,7 @@ from vla_rl.policies.blocks.flow_matching import masked_mean
 from vla_rl.policies.blocks.heads import mlp
 from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
 from vla_rl.policies.blocks.sizes import require_sizes
+from vla_rl.policies.blocks.state_only import state_inputs, state_prefix
 from vla_rl.protocols import PolicyInputs, Prefix
 
 
@@ -74,15 +75,10 @@ class GaussianMLP(nn.Module):
 
     def preprocess(self, obs: Observation) -> PolicyInputs:
         """Normalise the state. Raises ValueError where its size is another one."""
-        if obs.state.shape[1] != self.config.state_dim:
-            raise ValueError(f"the policy needs state [N, {self.config.state_dim}], got {tuple(obs.state.shape)}")
-        state = self.state_normalizer.normalize(obs.state.to(self.std_logit.device))
-        return PolicyInputs({}, torch.zeros(len(obs), 0, dtype=torch.int64, device=state.device), state)
+        return state_inputs(obs, self.state_normalizer)
 
     def encode(self, inputs: PolicyInputs) -> Prefix:
-        """One token, which is the normalised state, as the pooled features are."""
-        mask = torch.ones(len(inputs), 1, dtype=torch.bool, device=inputs.state.device)
-        return Prefix(inputs.state.unsqueeze(1), mask, inputs.state)
+        return state_prefix(inputs)
 
     def distribution(self, prefix: Prefix) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the normalised chunk, each float32 [N, H, A]."""
