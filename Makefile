@@ -29,7 +29,8 @@ help: ## list the targets
 	@echo "  options: PYTHON=python3.12  TORCH=torch==X.Y  ARGS=\"...\" (more arguments for the command)"
 
 demo: setup ## the main job: demonstrations, fine-tuning, reinforcement learning, report in runs/demo
-	@$(STAGE) "main job: vla-rl run demo" $(BIN)/vla-rl run demo --run-dir runs/demo --resume $(ARGS)
+	@$(STAGE) "main job: vla-rl run demo" $(BIN)/vla-rl run demo --run-dir runs/demo \
+	    $(if $(wildcard runs/demo/summary.json),,--resume) $(ARGS)
 
 demo-control: setup ## the demo's negative control too: the same RL on shuffled advantages, added to runs/demo
 	@$(STAGE) "control: vla-rl run demo --control" $(BIN)/vla-rl run demo --run-dir runs/demo --resume --control $(ARGS)

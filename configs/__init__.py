@@ -35,6 +35,12 @@ def get_recipe(name: str) -> Recipe:
     if entry == name:
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), function)()
+        make = getattr(importlib.import_module(module), function)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"recipe {name!r} cannot be loaded: {error}") from error
+    from vla_rl.train.recipe import Recipe
+
+    recipe = make()
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe {name!r} returns {type(recipe).__name__}, expected a vla_rl.train.recipe.Recipe")
+    return recipe

@@ -40,15 +40,20 @@ def demo() -> Recipe:
             augmentation=AugmentationConfig(shift_pixels=1, brightness=0.1, contrast=0.1, state_dropout=0.5),
         ),
         train=TrainConfig(
-            num_iterations=45,
+            num_iterations=75,
             num_envs=160,
             execution_horizon=EXECUTION_HORIZON,
             sampler=FlowSamplerConfig(kernel="flow_sde", mode="hybrid", scored_horizon=EXECUTION_HORIZON),
             algorithm=PPOConfig(
                 num_decisions=16,
+                critic_warmup_iterations=4,
                 gamma=0.97,
                 actor=ActorConfig(
-                    learning_rate=2e-4, learning_rate_decay=0.95, minibatch_size=1280, reference_kl_coef=0.03
+                    learning_rate=1.5e-4,
+                    learning_rate_decay=0.98,
+                    minibatch_size=1280,
+                    target_kl=0.03,
+                    reference_kl_coef=0.02,
                 ),
             ),
             eval_interval=5,

@@ -23,9 +23,9 @@ def flow_noise() -> Recipe:
     recipe = demo()
     algorithm = recipe.train.algorithm
     assert isinstance(algorithm, PPOConfig)
-    actor = replace(algorithm.actor, entropy_coef=0.01, reference_kl_coef=0.005, learning_rate_decay=0.96)
+    actor = replace(algorithm.actor, learning_rate=2e-4, target_kl=0.05, entropy_coef=0.01, reference_kl_coef=0.005)
     sampler = FlowSamplerConfig(
         kernel="flow_noise", mode="full", reduction="per_step", scored_horizon=EXECUTION_HORIZON
     )
-    train = replace(recipe.train, num_iterations=60, sampler=sampler, algorithm=replace(algorithm, actor=actor))
+    train = replace(recipe.train, sampler=sampler, algorithm=replace(algorithm, actor=actor))
     return replace(recipe, train=train)

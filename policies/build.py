@@ -28,7 +28,10 @@ def build_policy(config: Any, spec: EnvSpec, *, seed: int, device: torch.device 
         own = getattr(config, name)
         if own not in (0, value):
             raise ValueError(f"{type(config).__name__}.{name} is {own}, {spec.name} has {value}; leave it at 0")
-    if any(f.name == "cameras" for f in fields(config)):
+    cameras = next((f for f in fields(config) if f.name == "cameras"), None)
+    if cameras is not None:
+        if config.cameras not in (cameras.default, tuple(spec.cameras)):
+            raise ValueError(f"the policy's cameras are {config.cameras}, {spec.name} has {tuple(spec.cameras)}")
         wanted["cameras"] = tuple(spec.cameras)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

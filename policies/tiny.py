@@ -87,8 +87,8 @@ class TinyEncoder(nn.Module):
         self.kind = nn.Parameter(0.02 * torch.randn(self.num_tokens, width))
         self.norm = RMSNorm(width)
 
-    def forward(self, inputs: PolicyInputs) -> Prefix:
-        text_tokens, sentence = self.text(inputs.tokens)
+    def forward(self, inputs: PolicyInputs, *, sentences_alone: bool = False) -> Prefix:
+        text_tokens, sentence = self.text(inputs.tokens, alone=sentences_alone)
         parts = [encoder(inputs.images[c], sentence) for c, encoder in zip(self.cameras, self.images, strict=True)]
         parts += [text_tokens, self.state(inputs.state).unsqueeze(1)]
         tokens = self.norm(torch.cat([p.float() for p in parts], dim=1) + self.kind)
@@ -169,8 +169,12 @@ class TinyVLA(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Observation, noise: Tensor) -> ActionChunk:
-        """`config.num_steps` Euler steps of the flow's ODE from `noise` (standard normal [N, H, A])."""
-        prefix = self.encode(self.preprocess(obs))
+        """`config.num_steps` Euler steps of the flow's ODE from `noise` (standard normal [N, H, A]).
+
+        In a batch of the same size, a row's actions depend on no other row, to the last bit: an evaluation does not
+        depend on what is evaluated beside an episode.
+        """
+        prefix = self.encoder(self.preprocess(obs), sentences_alone=True)
         return ActionChunk(self.unnormalize_actions(ode(self, prefix, noise.to(prefix.tokens), self.config.num_steps)))
 
     def supervised_loss(

@@ -1,6 +1,7 @@
 """The command line: `vla-rl doctor | run | demos | sft | train | eval | compare | report | recipes`.
 
-A recipe names a complete configuration, and every field of it is an option, as `--train.num-iterations 50`.
+A recipe names a complete configuration, and its fields are options, as `--train.num-iterations 50`. What kind of
+policy, sampler and algorithm it has is the recipe's own; `module:function` names a recipe of yours.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ USAGE = """vla-rl: take a vision-language-action policy from demonstrations to a
   vla-rl compare A B                         two evaluations, episode by episode
   vla-rl report DIR                          the report of a run once more
 
-  vla-rl COMMAND --help shows all options; add --resume to go on with what was interrupted."""
+  vla-rl COMMAND RECIPE --help shows all options; add --resume to go on with what was interrupted."""
 
 
 class UsageError(ValueError):
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             raise UsageError(f"there is no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if rest[:1] in (["-h"], ["--help"]) and name not in ("doctor", "compare", "report"):
+            print(f"{USAGE}\n\nOptions depend on the recipe: vla-rl {name} demo --help", flush=True)
+            return 0
         from vla_rl import commands  # torch and the simulator take seconds to import: not for a list of commands
 
         return getattr(commands, f"{name}_command")(rest)

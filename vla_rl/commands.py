@@ -19,7 +19,7 @@ from vla_rl.evaluation.result import EvalResult
 from vla_rl.train.pipeline import run_pipeline, write_run_report
 from vla_rl.train.recipe import Recipe
 from vla_rl.train.run_folder import CONFIG_FILE, open_run_folder, read_config
-from vla_rl.train.stages import evaluate_stage, fine_tune, record_demos, reinforce
+from vla_rl.train.stages import check_recipe, evaluate_stage, fine_tune, record_demos, reinforce
 
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
 _UNSET: Any = tyro.MISSING
@@ -107,7 +107,8 @@ class SftOptions:
 def sft_command(argv: list[str]) -> int:
     """Fit a new policy to demonstrations."""
     o = _parse_with_recipe(SftOptions, argv, "sft")
-    run_dir = open_run_folder(o.run_dir, o.recipe, resume=o.resume)
+    check_recipe(o.recipe)
+    run_dir = open_run_folder(o.run_dir, o.recipe, resume=o.resume, kind="sft", inputs={"dataset": o.dataset})
     result = fine_tune(o.recipe, o.dataset, run_dir, resume=o.resume)
     print(f"loss {result.final_loss:.4g} after {result.num_updates} updates; policy: {result.policy_folder}")
     return 0 if result.finished else 130
@@ -129,7 +130,9 @@ class TrainOptions:
 def train_command(argv: list[str]) -> int:
     """Improve a policy by reinforcement learning."""
     o = _parse_with_recipe(TrainOptions, argv, "train")
-    run_dir = open_run_folder(o.run_dir, o.recipe, resume=o.resume)
+    check_recipe(o.recipe)
+    inputs = {"from": o.policy_dir, "dataset": o.dataset}
+    run_dir = open_run_folder(o.run_dir, o.recipe, resume=o.resume, kind="train", inputs=inputs)
     result = reinforce(o.recipe, o.policy_dir, run_dir, resume=o.resume, dataset_path=o.dataset)
     print(f"{result.num_iterations} iterations in {result.wall_s:.0f} s; policy: {result.policy_folder}")
     return 0 if result.finished else 130

@@ -91,9 +91,17 @@ class TextEncoder(nn.Module):
         self.to_tokens = nn.Linear(width, out_width)
         self.to_pooled = nn.Linear((num_tokens + 1) * width, out_width)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """`tokens` int64 [N, T] -> sentence tokens [N, num_tokens, out_width] and pooled [N, out_width]."""
+    def forward(self, tokens: Tensor, *, alone: bool = False) -> tuple[Tensor, Tensor]:
+        """`tokens` int64 [N, T] -> sentence tokens [N, num_tokens, out_width] and pooled [N, out_width].
+
+        `alone`: every sentence is computed by itself, so that no bit of it depends on the others of the batch.
+        """
         unique, inverse = torch.unique(tokens, dim=0, return_inverse=True)
+        if alone:
+            lengths = (unique != PAD).sum(dim=1).clamp_min(1).tolist()
+            parts = [self._encode(row[None, :length]) for row, length in zip(unique, lengths, strict=True)]
+            columns = [torch.cat(column)[inverse] for column in zip(*parts, strict=True)]
+            return columns[0], columns[1]
         length = int((unique != PAD).sum(dim=1).max()) if unique.numel() else 0
         sentence_tokens, pooled = self._encode(unique[:, : max(length, 1)])
         return sentence_tokens[inverse], pooled[inverse]

@@ -81,13 +81,14 @@ def _from_plain(hint: Any, value: Any, where: str) -> Any:
 
 
 def _alternative(alternatives: tuple[Any, ...], value: Any, where: str) -> Any:
-    """The member of a union that `value` was written from: among several dataclasses, the one with just its keys."""
+    """The member of a union that `value` was written from: the one with just its keys, or, where fields were added
+    since, the one that has them all and the fewest more."""
     choices = [a for a in alternatives if a is not type(None)]
     if len(choices) == 1 or not isinstance(value, Mapping):
         return choices[0]
     names = {choice: {f.name for f in dataclasses.fields(choice)} for choice in choices}
-    fitting = [choice for choice, fields in names.items() if fields == set(value)]
-    if len(fitting) != 1:
+    fitting = sorted((c for c in choices if names[c] >= set(value)), key=lambda c: len(names[c]))
+    if not fitting or (len(fitting) > 1 and len(names[fitting[0]]) == len(names[fitting[1]])):
         known = "; ".join(f"{choice.__name__}: {sorted(fields)}" for choice, fields in names.items())
         raise ValueError(f"{where}: the keys {sorted(value)} are of none of these: {known}")
     return fitting[0]

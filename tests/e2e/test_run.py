@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -14,6 +15,8 @@ import torch
 from tests.unit.killable import Killable
 from vla_rl.cli import COMMANDS, main
 from vla_rl.configs import RECIPES, get_recipe
+from vla_rl.data.lerobot_format import DatasetSpec
+from vla_rl.data.lerobot_writer import LeRobotWriter
 from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
 from vla_rl.policies.checkpoints.native import load_policy
 from vla_rl.train.pipeline import run_pipeline
@@ -144,7 +147,8 @@ def test_a_finished_run_is_moved_aside_and_never_lost(tmp_path, uninterrupted, m
 def test_another_configuration_is_not_resumed(tmp_path, uninterrupted, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "demos").mkdir()
-    (tmp_path / "run" / "config.json").write_text((uninterrupted / "config.json").read_text())
+    for name in ("config.json", "provenance.json"):
+        shutil.copy(uninterrupted / name, tmp_path / "run" / name)
     monkeypatch.setitem(RECIPES, "small", f"{__name__}:small_recipe")
     command = ["run", "small", "--run-dir", str(tmp_path / "run"), "--resume", "--sft.learning-rate", "0.5"]
     assert main(command) == 1
@@ -172,6 +176,43 @@ def test_stages_by_hand_and_evaluation_of_a_run(tmp_path, uninterrupted, monkeyp
     capsys.readouterr()
     assert main(["compare", str(uninterrupted / "evaluation" / "sft"), str(tmp_path / "eval"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["overall"]["first"]["n"] == 4
+
+
+def test_demonstrations_of_two_kinds_do_not_mix(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(RECIPES, "small", f"{__name__}:small_recipe")
+    command = ["demos", "small", "--out", str(tmp_path / "demos"), "--demos.num-episodes"]
+    assert main([*command, "2"]) == 0
+    assert main([*command, "3", "--demos.expert.max-action", "0.5", "--env.randomization", "test"]) == 1
+    assert "another env.randomization, demos.expert" in capsys.readouterr().err
+    assert main([*command, "3"]) == 0  # more of the same
+    assert "3 episodes" in capsys.readouterr().out
+
+
+def test_evaluations_in_other_worlds_are_told_apart(uninterrupted, tmp_path, capsys):
+    policy = str(uninterrupted / "sft" / "policy")
+    assert main(["eval", policy, "--out", str(tmp_path / "e"), "--env.randomization", "test"]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(uninterrupted / "evaluation" / "sft"), str(tmp_path / "e")]) == 0
+    assert "randomization is 'off' in" in capsys.readouterr().out
+
+
+def test_an_empty_dataset_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(RECIPES, "small", f"{__name__}:small_recipe")
+    env = small_recipe().env.make(1, split="train")
+    with LeRobotWriter.open(tmp_path / "demos", DatasetSpec.from_env(env.spec)):
+        pass
+    assert main(["sft", "small", "--dataset", str(tmp_path / "demos"), "--run-dir", str(tmp_path / "run")]) == 1
+    assert "no episode to learn from" in capsys.readouterr().err
+
+
+def test_a_run_that_died_in_its_report_only_writes_the_report(tmp_path, uninterrupted, monkeypatch):
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted, run_dir)
+    (run_dir / "summary.json").unlink()
+    run_pipeline(small_recipe(), run_dir, resume=True)
+    assert (run_dir / "summary.json").exists()
+    assert not (tmp_path / "run.1").exists()
+    assert metrics_of(run_dir / "rl") == metrics_of(uninterrupted / "rl")
 
 
 def test_options_reach_the_stages(tmp_path, uninterrupted, monkeypatch, capsys):

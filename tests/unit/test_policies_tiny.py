@@ -124,6 +124,15 @@ def test_act_is_deterministic_and_row_by_row():
     torch.testing.assert_close(actions[rows], policy.act(obs.select(rows), noise[rows]).actions, atol=1e-5, rtol=1e-5)
 
 
+def test_act_does_not_depend_on_the_sentences_beside_a_row():
+    """In a batch of the same size, to the last bit: one sentence in flight or many."""
+    policy, obs = make(), observation(n=8)
+    noise = torch.randn(8, 4, 2)
+    many = Observation(obs.images, obs.state, tuple(f"touch the {'so ' * i}red block" for i in range(8)))
+    one = Observation(obs.images, obs.state, (many.instruction[0],) * 8)
+    assert torch.equal(policy.act(many, noise).actions[0], policy.act(one, noise).actions[0])
+
+
 def test_act_is_the_euler_integral_in_normalised_space():
     policy, obs = make(), observation()
     policy.set_normalization(

@@ -98,12 +98,10 @@ def test_episode_statistics():
     assert by_length[2] is True
     assert by_length[5] is False
     assert by_length[4] is False
-    assert stats.num_started == 3 + len(stats)
     returns = {int(length): float(r) for length, r in zip(stats.length, stats.returns, strict=True)}
     assert returns[5] == pytest.approx(float(batch.rewards[:, 1].sum()), abs=1e-5)
     metrics = stats.metrics()
     assert metrics["success_rate"] == pytest.approx(float(stats.success_once.float().mean()))
-    assert metrics["success_per_started"] == pytest.approx(float(stats.success_once.sum()) / stats.num_started)
     # an episode that goes on across two windows is counted once, with its whole length
     long = RolloutCollector(scripted(1), make_sampler(), execution_horizon=3, seed=0, env_seeds=[script(TIME, 8)])
     assert len(long.collect(2).episodes) == 0
@@ -193,7 +191,7 @@ def test_one_episode_of_each_environment(auto_reset):
     assert batch.valid.tolist() == [[True] * 3, [False, True, True], [False, False, True]]
     assert batch.executed.sum(dim=(0, 2)).tolist() == [2, 5, 9]
     assert sorted(batch.episodes.length.tolist()) == [2, 5, 9]
-    assert batch.episodes.num_started == 3
+    assert len(batch.episodes) == 3
 
 
 def test_gaussian_policy_is_collected_too():

@@ -2,17 +2,20 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from vla_rl.configs import get_recipe
 from vla_rl.core import ActionSpec, CameraSpec, EnvSpec
 from vla_rl.envs.two_way_reach import TwoWayReachEnv, make_two_way_reach, scripted_demos
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.flow import FlowSamplerConfig
-from vla_rl.onpolicy import ActorConfig, DenoisingDiscount, FPOConfig, GRPOConfig, PPOConfig
+from vla_rl.onpolicy import ActorConfig, CriticConfig, DenoisingDiscount, FPOConfig, GRPOConfig, PPOConfig
 from vla_rl.onpolicy.build import GaussianSamplerConfig
 from vla_rl.policies.build import build_policy
 from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
@@ -24,8 +27,9 @@ from vla_rl.train.checkpoint import CheckpointError, load_state, save_state
 from vla_rl.train.divergence import DivergenceError
 from vla_rl.train.loop import DIVERGED_FILE, POLICY_FOLDER, STATE_FILE, TrainConfig, run_training
 from vla_rl.train.metrics import read_metrics
-from vla_rl.train.recipe import EvalConfig
+from vla_rl.train.recipe import DemosConfig, EvalConfig
 from vla_rl.train.run_folder import RunFolderError, describe_source, open_run_folder, read_config
+from vla_rl.train.stages import check_recipe
 
 ACTOR = ActorConfig(minibatch_size=32, num_epochs=2)
 PPO_CONFIG = PPOConfig(num_decisions=4, critic_warmup_iterations=1, actor=ACTOR)
@@ -84,6 +88,51 @@ def test_every_algorithm_runs_and_resumes_bit_for_bit(name, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(policy.parameters(), initial.parameters(), strict=True))
     stored = load_policy(tmp_path / "parts" / POLICY_FOLDER, spec=make_two_way_reach(1).spec)
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), stored.parameters(), strict=True))
+
+
+def recipe_with(**changes):
+    recipe = get_recipe("demo")
+    parts = {name.split("__")[0]: {} for name in changes}
+    for name, value in changes.items():
+        part, _, field = name.partition("__")
+        parts[part][field] = value
+    return replace(recipe, **{part: replace(getattr(recipe, part), **fields) for part, fields in parts.items()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__execution_horizon": 99}, "execution_horizon is 99, the policy predicts 8"),
+        ({"train__sampler": FlowSamplerConfig(scored_horizon=99)}, "scored_horizon 99"),
+        ({"policy__num_steps": 10}, "another chain would be deployed"),
+        ({"train__algorithm": PPOConfig(actor=ActorConfig(entropy_coef=0.1))}, "standard deviation is fixed"),
+        ({"train__step_weighting": DenoisingDiscount(num_steps=40)}, "num_steps is 40, the sampler has 4"),
+        ({"train__sampler": FPOConfig()}, "reference_kl_coef has no effect with FPOSampler"),
+        ({"policy__cameras": ("wrist",)}, r"cameras are \('wrist',\)"),
+    ],
+)
+def test_parts_of_a_recipe_that_do_not_fit(changes, message):
+    check_recipe(get_recipe("demo"))
+    with pytest.raises(ValueError, match=message):
+        check_recipe(recipe_with(**changes))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ActorConfig(target_kl=0.0),
+        lambda: ActorConfig(max_grad_norm=0.0),
+        lambda: ActorConfig(learning_rate_decay=1.5),
+        lambda: CriticConfig(minibatch_size=0),
+        lambda: TrainConfig(eval_interval=-5),
+        lambda: EvalConfig(num_envs=0),
+        lambda: EvalConfig(tasks=("nonsense",)),
+        lambda: DemosConfig(num_envs=0),
+    ],
+)
+def test_values_without_a_meaning_are_errors(make):
+    with pytest.raises(ValueError, match=r"expected|must be|unknown"):
+        make()
 
 
 def test_evaluation_is_logged_when_due_and_changes_nothing(tmp_path):
@@ -179,17 +228,25 @@ def test_state_files_that_cannot_be_trusted_or_read(tmp_path):
 
 def test_run_folder(tmp_path):
     config = EvalConfig(num_episodes=3)
-    folder = open_run_folder(tmp_path / "run", config, resume=False)
+    folder = open_run_folder(tmp_path / "run", config, resume=False, kind="sft")
     assert read_config(folder, EvalConfig) == config
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["python"].startswith("3.")
-    open_run_folder(folder, config, resume=False)  # nothing was done there yet
+    open_run_folder(folder, config, resume=False, kind="sft")  # nothing was done there yet
     (folder / "rl").mkdir()
     with pytest.raises(RunFolderError, match="--resume"):
-        open_run_folder(folder, config, resume=False)
+        open_run_folder(folder, config, resume=False, kind="sft")
     with pytest.raises(RunFolderError, match="num_episodes was 3 and is 4"):
-        open_run_folder(folder, EvalConfig(num_episodes=4), resume=True)
-    assert open_run_folder(folder, config, resume=True) == folder
+        open_run_folder(folder, EvalConfig(num_episodes=4), resume=True, kind="sft")
+    assert open_run_folder(folder, config, resume=True, kind="sft") == folder
+    with pytest.raises(RunFolderError, match="a run of `vla-rl sft`"):  # it would overwrite the policy it starts from
+        open_run_folder(folder, config, resume=True, kind="train")
+    with pytest.raises(RunFolderError, match=r"inputs\.from was None"):
+        open_run_folder(folder, config, resume=True, kind="sft", inputs={"from": tmp_path})
+    locked = "from vla_rl.train.run_folder import *; open_run_folder(sys.argv[1], None, resume=True, kind='sft')"
+    other = [sys.executable, "-c", "import sys\n" + locked, str(folder)]
+    done = subprocess.run(other, capture_output=True, text=True, timeout=120)
+    assert "another process works in" in done.stderr
     with pytest.raises(RunFolderError, match=r"holds no config\.json"):
         read_config(tmp_path, EvalConfig)
     (folder / "config.json").write_text('{"num_episode": 3}')

@@ -215,8 +215,7 @@ def _control_sentence(data: ReportData, control: ReportRow) -> str:
 
 def _is_protocol(note: str) -> bool:
     """Settings that should be equal when two policies are compared; a checkpoint's name naturally is not."""
-    names = ("env", "execution_horizon", "max_episode_steps", "noise_seed", "policy_batch_size", "control_hz", "split")
-    return note.split(" is ")[0] in names
+    return note.split(" is ")[0] not in ("policy", "cameras", "image_size")
 
 
 def _table(data: ReportData, comparison: Comparison) -> str:

@@ -42,7 +42,8 @@ class LogProb:
     std: Tensor
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> LogProb:
-        return LogProb(**{name: None if x is None else function(x) for name, x in vars(self).items()})
+        mapped: dict[str, Any] = {name: None if x is None else function(x) for name, x in vars(self).items()}
+        return LogProb(**mapped)
 
     def select(self, rows: Tensor) -> LogProb:
         """The chains at `rows`, int64 [M]."""
@@ -50,8 +51,9 @@ class LogProb:
 
     @staticmethod
     def concatenate(parts: Sequence[LogProb]) -> LogProb:
-        columns = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
-        return LogProb(**{name: None if c[0] is None else torch.cat(c) for name, c in columns.items()})
+        columns: dict[str, Any] = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+        joined: dict[str, Any] = {name: None if c[0] is None else torch.cat(c) for name, c in columns.items()}
+        return LogProb(**joined)
 
 
 def velocity_of(policy: FlowPolicy | VelocityFunction) -> Callable[[Prefix | None, Tensor, Tensor], VelocityOutput]:

@@ -29,6 +29,10 @@ class ChunkSampler(Protocol):
     """Draws normalised chunks with a trace, and scores traces under the current parameters."""
 
     policy: Any
+    has_transitions: bool
+    """Scores are densities with a mean and a standard deviation: a KL to a reference can be formed."""
+    has_entropy: bool
+    """The standard deviation is learned."""
 
     def sample(self, prefix: Prefix, generator: torch.Generator) -> tuple[Tensor, Any]:
         """Normalised actions [N, H, A] and their trace."""
@@ -55,6 +59,7 @@ class FlowSampler:
         self.policy = policy
         self.config = config
         self.noise_head = noise_head
+        self.has_transitions, self.has_entropy = True, noise_head is not None
 
     def sample(self, prefix: Prefix, generator: torch.Generator) -> tuple[Tensor, Any]:
         device = prefix.tokens.device
@@ -97,6 +102,8 @@ class GaussianTrace:
 
 class GaussianSampler:
     """Chunks of a diagonal Gaussian policy. `scored_horizon`: the action steps that count (None: all)."""
+
+    has_transitions = has_entropy = True
 
     def __init__(self, policy: GaussianPolicy, scored_horizon: int | None = None) -> None:
         horizon = policy.action_horizon if scored_horizon is None else scored_horizon

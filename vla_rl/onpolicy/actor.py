@@ -52,6 +52,10 @@ class ActorConfig:
             raise ValueError(f"dual_clip is {self.dual_clip}, expected > 1 (3 is customary)")
         if self.num_epochs < 1 or self.minibatch_size < 1:
             raise ValueError("num_epochs and minibatch_size must be at least 1")
+        if self.target_kl is not None and self.target_kl <= 0.0:
+            raise ValueError(f"target_kl is {self.target_kl}, expected > 0 (None: never stop)")
+        if self.max_grad_norm <= 0.0 or self.learning_rate <= 0.0:
+            raise ValueError("max_grad_norm and learning_rate must be positive")
         if not 0.0 < self.learning_rate_decay <= 1.0:
             raise ValueError(
                 f"learning_rate_decay is {self.learning_rate_decay}, expected 0 < learning_rate_decay <= 1"
@@ -145,6 +149,12 @@ class ActorUpdate:
             raise ValueError("bc_coef > 0 and a source of demonstrations belong together: give both or neither")
         if demos is not None:
             require(sampler.policy, HasSupervisedLoss, by="the behaviour cloning term (bc_coef)")
+        if config.reference_kl_coef > 0.0 and not sampler.has_transitions:
+            raise ValueError(
+                f"reference_kl_coef has no effect with {type(sampler).__name__}: it has no density. Set it to 0"
+            )
+        if config.entropy_coef > 0.0 and not sampler.has_entropy:
+            raise ValueError("entropy_coef has no effect: this sampler's standard deviation is fixed. Set it to 0")
         self.sampler, self.config = sampler, config
         self.noise_head: nn.Module | None = getattr(sampler, "noise_head", None)
         self._demos, self._weighting = demos, step_weighting
@@ -192,8 +202,9 @@ class ActorUpdate:
         learning_rate = self._optimizer.param_groups[0]["lr"]
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * config.learning_rate_decay
-        highest = sums.pop("joint_kl_max", 0.0)
+        highest, grad_norms = sums.pop("joint_kl_max", 0.0), sums.pop("actor_grad_norm", 0.0)
         means = {name: value / count for name, value in sums.items()}
+        means["actor_grad_norm"] = grad_norms / max(1, count - stopped)
         return (
             means
             | first
@@ -264,8 +275,6 @@ class ActorUpdate:
         if score.entropy is not None:
             metrics["entropy"] = score.entropy.detach().mean()
             total = total - config.entropy_coef * score.entropy.mean()
-        elif config.entropy_coef > 0.0:
-            raise ValueError("entropy_coef has no effect: this sampler's standard deviation is fixed. Set it to 0")
         if reference is not None:
             divergence = chain_kl(score, reference).mean()
             metrics["reference_kl"] = divergence.detach()

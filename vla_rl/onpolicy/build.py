@@ -45,5 +45,10 @@ def build_learner(
     demos: DemoSource | None = None,
 ) -> PPO | GRPO:
     """The algorithm of `config` on the policy inside `sampler`."""
+    steps = getattr(getattr(sampler, "config", None), "num_steps", None)
+    if step_weighting is not None and step_weighting.num_steps != steps:
+        raise ValueError(
+            f"step_weighting.num_steps is {step_weighting.num_steps}, the sampler has {steps}; make them equal"
+        )
     algorithm = PPO if isinstance(config, PPOConfig) else GRPO
     return algorithm(sampler, config, demos=demos, step_weighting=step_weighting)  # pyright: ignore[reportArgumentType]

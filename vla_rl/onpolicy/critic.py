@@ -26,6 +26,10 @@ class CriticConfig:
     value_clip: float | None = None
     huber_delta: float | None = None
 
+    def __post_init__(self) -> None:
+        if min(self.num_epochs, self.minibatch_size) < 1 or min(self.learning_rate, self.max_grad_norm) <= 0.0:
+            raise ValueError(f"num_epochs, minibatch_size, learning_rate and max_grad_norm must be positive: {self}")
+
 
 class Critic(nn.Module):
     """V(s) from detached features `[M, F]` -> `[M]`, float32."""
@@ -72,7 +76,7 @@ class CriticUpdate:
         """Minibatch epochs of value regression on M samples."""
         config, parameters = self.config, list(self.critic.parameters())
         num_minibatches = max(1, -(-len(features) // config.minibatch_size))
-        loss_sum, grad_norm, count = 0.0, torch.zeros(()), 0
+        loss_sum, norm_sum, count = 0.0, 0.0, 0
         for _ in range(config.num_epochs):
             order = torch.randperm(len(features), generator=generator, device=features.device)
             for rows in order.tensor_split(num_minibatches):
@@ -85,8 +89,8 @@ class CriticUpdate:
                 grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 require_finite("the critic's gradient", grad_norm, minibatch)
                 self._optimizer.step()
-                loss_sum, count = loss_sum + float(loss.detach()), count + 1
-        return {"value_loss": loss_sum / max(count, 1), "critic_grad_norm": float(grad_norm)}
+                loss_sum, norm_sum, count = loss_sum + float(loss.detach()), norm_sum + float(grad_norm), count + 1
+        return {"value_loss": loss_sum / count, "critic_grad_norm": norm_sum / count}
 
     def state_dict(self) -> dict[str, Any]:
         return {"critic": self.critic.state_dict(), "optimizer": self._optimizer.state_dict()}

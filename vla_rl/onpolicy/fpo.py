@@ -76,6 +76,8 @@ class FPOSampler:
     """Draws chunks by the ODE and scores them by the flow-matching loss. Its `joint` is minus that loss, so the
     joint KL that the update reports is of the surrogate."""
 
+    has_transitions = has_entropy = False
+
     def __init__(self, policy: FlowPolicy, config: FPOConfig) -> None:
         horizon = policy.action_horizon if config.scored_horizon is None else config.scored_horizon
         if not 1 <= horizon <= policy.action_horizon:

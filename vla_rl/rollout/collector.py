@@ -16,37 +16,34 @@ from torch import Tensor
 
 from vla_rl.core import ChunkStep, Observation
 from vla_rl.envs.vector import ChunkedEnv
-from vla_rl.flow.sampler import ChunkSampler, ScoredTrace
+from vla_rl.flow.sampler import ChunkSampler
 from vla_rl.protocols import PolicyInputs, Prefix
 
 
 @dataclass(frozen=True)
 class EpisodeStats:
     """Episodes that ended while collecting. `success_once`, `success_at_end`: bool [E]; `length`: int64 [E], control
-    steps; `returns`: float32 [E], undiscounted. `num_started`: episodes begun while collecting.
+    steps; `returns`: float32 [E], undiscounted.
 
-    Short episodes are more likely to end within a window, so the rate among finished ones is biased towards them;
-    `success_per_started` is not, over many windows.
+    The first windows of a run are biased towards short episodes: those that end soon end first.
     """
 
     success_once: Tensor
     success_at_end: Tensor
     length: Tensor
     returns: Tensor
-    num_started: int
 
     def __len__(self) -> int:
         return self.length.shape[0]
 
     def metrics(self) -> dict[str, float]:
         """Means; only counts where no episode ended."""
-        counts = {"episodes_finished": float(len(self)), "episodes_started": float(self.num_started)}
+        counts = {"episodes_finished": float(len(self))}
         if len(self) == 0:
             return counts
         return counts | {
             "success_rate": self.success_once.float().mean().item(),
             "success_at_end_rate": self.success_at_end.float().mean().item(),
-            "success_per_started": self.success_once.sum().item() / max(self.num_started, 1),
             "episode_length": self.length.float().mean().item(),
             "episode_return": self.returns.mean().item(),
         }
@@ -102,7 +99,7 @@ class RolloutBatch:
 class _Window:
     """What one call of `collect` gathers."""
 
-    def __init__(self, started: int) -> None:
+    def __init__(self) -> None:
         self.features: list[Tensor] = []
         self.prefixes: list[Prefix] = []
         self.inputs: list[PolicyInputs] = []
@@ -112,7 +109,6 @@ class _Window:
         self.bootstrap_features: list[Tensor] = []
         self.bootstrap_index: list[Tensor] = []
         self.finished: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self.started = started
 
 
 class RolloutCollector:
@@ -159,15 +155,13 @@ class RolloutCollector:
             raise ValueError(f"num_decisions is {num_decisions}, expected at least 1")
         if not self.env.auto_reset:
             raise ValueError("collect needs an environment with auto_reset=True; collect_episodes does not")
-        first = self._obs is None
-        if first:
+        if self._obs is None:
             self._reset(self._env_seeds)
-        window = _Window(started=self.env.num_envs if first else 0)
+        window = _Window()
         for t in range(num_decisions):
             step = self._decide(window)
             window.executed.append(step.executed)
             self._count(window, step, step.ended)
-            window.started += len(step.final_ids)
             self._successors(window, step, last=t == num_decisions - 1)
         return self._batch(window)
 
@@ -179,7 +173,7 @@ class RolloutCollector:
         if self.env.spec.max_episode_steps is None:
             raise ValueError(f"{self.env.spec.name} has no max_episode_steps; collect_episodes would not end")
         self._reset(seeds)
-        window = _Window(started=self.env.num_envs)
+        window = _Window()
         alive = torch.ones(self.env.num_envs, dtype=torch.bool, device=self._observed().state.device)
         while bool(alive.any()):
             step = self._decide(window)
@@ -305,7 +299,7 @@ class RolloutCollector:
             valid=executed.any(dim=2),
             bootstrap_features=torch.cat(bootstrap) if bootstrap else features[:0],
             bootstrap_index=torch.stack(window.bootstrap_index).to(device),
-            episodes=EpisodeStats(*columns, num_started=window.started),
+            episodes=EpisodeStats(*columns),
             policy_version=self.policy_version,
         )
 
@@ -317,4 +311,4 @@ def _env_seeds(seed: int, num_envs: int) -> list[int]:
     ]
 
 
-__all__ = ["EpisodeStats", "RolloutBatch", "RolloutCollector", "ScoredTrace"]
+__all__ = ["EpisodeStats", "RolloutBatch", "RolloutCollector"]

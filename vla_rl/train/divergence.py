@@ -36,7 +36,7 @@ def require_finite(
     number = float(value.detach())
     if not math.isfinite(number):
         raise DivergenceError(
-            f"{name} is not finite ({number}); the parameters were not changed. Look at the dumped batch; usual causes "
+            f"{name} is not finite ({number}); this step was not taken. Look at the dumped batch; usual causes "
             "are a learning rate that is too high and a reward or an action that is not finite",
             tensors,
             details,

@@ -58,14 +58,18 @@ class TrainConfig:
         for name in ("num_iterations", "num_envs", "execution_horizon", "checkpoint_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.eval_interval < 0:
+            raise ValueError(f"TrainConfig.eval_interval is {self.eval_interval}, expected >= 0 (0: never)")
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """`num_iterations` done so far; `finished` is False after Ctrl-C. `policy_folder` loads with `load_policy`."""
+    """`num_iterations` done so far, all of them where `finished`. `interrupted`: Ctrl-C came, perhaps in the last one.
+    `policy_folder` loads with `load_policy`."""
 
     num_iterations: int
     finished: bool
+    interrupted: bool
     policy_folder: Path
     wall_s: float
 
@@ -167,11 +171,13 @@ def run_training(
                 metrics |= evaluate()
             log.log(done, metrics)
             progress.update(done, success=metrics.get("rollout/success_rate", float("nan")))
-            if _is_due(done, config.checkpoint_interval, config.num_iterations):
+            if done % config.checkpoint_interval == 0 and done < config.num_iterations:
                 trainer.save(run_dir)
         trainer.save(run_dir)
     finished = trainer.num_iterations >= config.num_iterations
-    return TrainResult(trainer.num_iterations, finished, run_dir / POLICY_FOLDER, time.monotonic() - begin)
+    return TrainResult(
+        trainer.num_iterations, finished, stop.requested, run_dir / POLICY_FOLDER, time.monotonic() - begin
+    )
 
 
 def _is_due(done: int, interval: int, total: int) -> bool:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vla_rl.data.lerobot_format import atomic_write_json
 from vla_rl.evaluation.report import Curve, ReportData, ReportRow, video_pairs, write_report
 from vla_rl.evaluation.result import EvalResult
@@ -32,7 +34,7 @@ from vla_rl.train.run_folder import (
     open_run_folder,
     read_config,
 )
-from vla_rl.train.stages import evaluate_expert, evaluate_stage, fine_tune, record_demos, reinforce
+from vla_rl.train.stages import check_recipe, evaluate_expert, evaluate_stage, fine_tune, record_demos, reinforce
 
 SUMMARY_FILE, REPORT_FILE, STAGES_FILE = "summary.json", "report.html", "stages.json"
 _ROLES = {"sft": "baseline", "rl": "trained", "control": "control", "expert": "expert"}
@@ -77,25 +79,29 @@ class Stages:
             result = stage()
             if getattr(result, "finished", True):
                 self.done.append(name)
+            if getattr(result, "interrupted", False):
+                raise Interrupted(f"stopped in stage {name}; everything is saved, add --resume to go on")
         finally:
             self.wall_s[name] = self.wall_s.get(name, 0.0) + time.monotonic() - start
             self.peak_rss_mb = max(self.peak_rss_mb, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
             state = {"done": self.done, "wall_s": self.wall_s, "peak_rss_mb": self.peak_rss_mb}
             atomic_write_json(self._file, state)
-        if name not in self.done:
-            raise Interrupted(f"stopped in stage {name}; everything is saved, add --resume to go on")
 
 
 def run_pipeline(recipe: Recipe, run_dir: str | Path, *, resume: bool = False, control: bool = False) -> PipelineResult:
     """Run what is not done yet, and write summary and report.
 
-    A finished run in `run_dir` is kept: it is moved aside, and a new one begins. `control` adds the stage that trains
-    on shuffled advantages. Raises RunFolderError where an unfinished run is there and `resume` is not set, and
-    Interrupted after Ctrl-C.
+    Without `resume`, a finished run in `run_dir` is moved aside and a new one begins; with it, only summary and report
+    are written again. `control` adds the stage that trains on shuffled advantages. Raises RunFolderError where an
+    unfinished run is there and `resume` is not set, ValueError for a recipe whose parts do not fit (before anything
+    runs), and Interrupted after Ctrl-C.
     """
     run_dir = Path(run_dir)
-    _set_aside_if_finished(run_dir, control)
-    open_run_folder(run_dir, recipe, resume=resume)
+    check_recipe(recipe)
+    torch.set_num_threads(recipe.torch_threads)
+    if not resume:
+        _set_aside_if_finished(run_dir, control)
+    open_run_folder(run_dir, recipe, resume=resume, kind="run")
     stages = Stages(run_dir)
     demos, sft, rl = run_dir / "demos", run_dir / "sft", run_dir / "rl"
     stages.run("demonstrations", lambda: record_demos(recipe, demos))
@@ -116,7 +122,7 @@ def run_pipeline(recipe: Recipe, run_dir: str | Path, *, resume: bool = False, c
 def _set_aside_if_finished(run_dir: Path, control: bool) -> None:
     stages = Stages(run_dir)
     wanted = {"evaluation", "control evaluation"} if control else {"evaluation"}
-    if not (run_dir / CONFIG_FILE).exists() or not wanted <= set(stages.done):
+    if not (run_dir / SUMMARY_FILE).exists() or not wanted <= set(stages.done):
         return
     number = 1
     while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():

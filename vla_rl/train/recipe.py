@@ -13,7 +13,7 @@ from vla_rl.envs.config import EnvConfig
 from vla_rl.policies.build import PolicyConfig
 from vla_rl.policies.tiny import TinyVLAConfig
 from vla_rl.sim.experts import ExpertConfig
-from vla_rl.sim.tasks.base import SPLITS
+from vla_rl.sim.tasks import SPLITS, get_task
 from vla_rl.train.loop import TrainConfig
 from vla_rl.train.sft import SFTConfig
 
@@ -30,6 +30,10 @@ class DemosConfig:
     keep: Keep = "success"
     expert: ExpertConfig = field(default_factory=ExpertConfig)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_episodes < 1 or self.num_envs < 1:
+            raise ValueError(f"DemosConfig: num_episodes and num_envs must be at least 1, got {self}")
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,11 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise ValueError(f"split {self.split!r} is unknown; use one of {', '.join(SPLITS)}")
-        if self.num_episodes < 1:
-            raise ValueError(f"num_episodes is {self.num_episodes}, expected at least 1")
+        for name in ("num_episodes", "num_envs", "policy_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"EvalConfig.{name} is {getattr(self, name)}, expected at least 1")
+        for task in self.tasks:
+            get_task(task)
 
     @property
     def seeds(self) -> range:

@@ -6,6 +6,7 @@ committed), and beside them what the stages write.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -14,8 +15,9 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from vla_rl.data.lerobot_format import atomic_write, atomic_write_json
 from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
@@ -23,35 +25,54 @@ from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_
 CONFIG_FILE, PROVENANCE_FILE, DIFF_FILE = "config.json", "provenance.json", "source.diff"
 _PACKAGES = ("vla-rl", "torch", "numpy", "mujoco", "mujoco-warp", "gymnasium", "pyarrow", "safetensors")
 ConfigT = TypeVar("ConfigT")
+_LOCK_FILE = ".lock"
+_LOCKS: dict[int, IO[str]] = {}  # inode -> file, for as long as this process lives
+MAY_CHANGE = (
+    *(f"train.{name}" for name in ("num_iterations", "eval_interval", "checkpoint_interval")),
+    *(f"sft.{name}" for name in ("log_interval", "checkpoint_interval")),
+    "torch_threads",
+    "device",
+)
 
 
 class RunFolderError(ValueError):
     """A run folder holds another run, or none."""
 
 
-def open_run_folder(path: str | Path, config: Any, *, resume: bool) -> Path:
-    """Make the folder of a new run, or open that of one to go on with.
+def open_run_folder(
+    path: str | Path, config: Any, *, resume: bool, kind: str, inputs: Mapping[str, Any] | None = None
+) -> Path:
+    """Make the folder of a new run, or open that of one to go on with; this process then holds its lock.
 
-    Raises RunFolderError where a run is there and `resume` is not set, and where the stored config is another.
+    `kind`: the command. `inputs`: folders that the run starts from. `MAY_CHANGE` of a config may differ on a resume.
+    Raises RunFolderError where a run is there and `resume` is not set, where another kind of run, config or input is,
+    and where another process works in the folder.
     """
     path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    _lock(path)
+    origin = {"kind": kind, "inputs": {name: str(Path(p).resolve()) for name, p in (inputs or {}).items() if p}}
     if (path / CONFIG_FILE).exists() and _has_begun(path):
+        stored = {"kind": kind} | _read_json(path / PROVENANCE_FILE)
+        if stored["kind"] != kind:
+            raise RunFolderError(f"{path} holds a run of `vla-rl {stored['kind']}`; choose another --run-dir")
         if not resume:
             raise RunFolderError(
                 f"{path} holds a run already; add --resume to go on with it, or choose another --run-dir"
             )
-        changed = _changes("", json.loads((path / CONFIG_FILE).read_text()), config_to_dict(config))
+        changed = _changes("", _read_json(path / CONFIG_FILE), config_to_dict(config))
+        changed += _changes("inputs", stored.get("inputs"), origin["inputs"])
         if changed:
             raise RunFolderError(
                 f"{path} holds a run with another configuration: {'; '.join(changed[:8])}. "
                 "Go on with its own, or choose another --run-dir"
             )
+        atomic_write_json(path / CONFIG_FILE, config_to_dict(config))
         return path
-    path.mkdir(parents=True, exist_ok=True)
     revision = describe_source()
     atomic_write(path / DIFF_FILE, revision.pop("diff").encode())
     provenance = {"command": shlex.join(["vla-rl", *sys.argv[1:]]), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    atomic_write_json(path / PROVENANCE_FILE, provenance | revision | describe_machine())
+    atomic_write_json(path / PROVENANCE_FILE, provenance | origin | revision | describe_machine())
     atomic_write_json(path / CONFIG_FILE, config_to_dict(config))
     return path
 
@@ -62,7 +83,7 @@ def read_config(path: str | Path, config_class: type[ConfigT]) -> ConfigT:
     if not file.is_file():
         raise RunFolderError(f"{path} holds no {CONFIG_FILE}; expected the folder of a run")
     try:
-        return config_from_dict(config_class, json.loads(file.read_text()), where=str(file))
+        return config_from_dict(config_class, _read_json(file), where="config")
     except ValueError as error:
         raise RunFolderError(f"{file}: {error}") from error
 
@@ -81,6 +102,10 @@ def describe_source() -> dict[str, str]:
     if git("rev-parse", "--show-toplevel").strip() != str(root):
         return {"revision": "", "diff": ""}
     diff = git("diff", "HEAD")
+    untracked = [
+        name for name in git("ls-files", "--others", "--exclude-standard").splitlines() if name.endswith(".py")
+    ]
+    diff += "".join(f"# not in the repository: {name}\n" for name in untracked)
     return {"revision": git("rev-parse", "HEAD").strip() + ("+changes" if diff else ""), "diff": diff}
 
 
@@ -106,11 +131,37 @@ def describe_machine() -> dict[str, Any]:
 
 def _has_begun(path: Path) -> bool:
     """Whether a stage left anything: a call that failed before it did is nothing to go on with."""
-    return any(entry.name not in (CONFIG_FILE, PROVENANCE_FILE, DIFF_FILE) for entry in path.iterdir())
+    return any(entry.name not in (CONFIG_FILE, PROVENANCE_FILE, DIFF_FILE, _LOCK_FILE) for entry in path.iterdir())
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{file} cannot be read ({error}); choose another --run-dir") from error
+
+
+def _lock(path: Path) -> None:
+    """Until this process ends. Two processes in one folder would write into each other's files."""
+    file = (path / _LOCK_FILE).open("a")
+    held = _LOCKS.get(os.fstat(file.fileno()).st_ino)
+    if held is not None:
+        file.close()
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise RunFolderError(
+            f"another process works in {path}; wait for it, stop it, or choose another --run-dir"
+        ) from error
+    _LOCKS[os.fstat(file.fileno()).st_ino] = file
 
 
 def _changes(where: str, stored: Any, here: Any) -> list[str]:
     if isinstance(stored, dict) and isinstance(here, dict):
         names = list(dict.fromkeys([*stored, *here]))
         return [c for n in names for c in _changes(f"{where}.{n}".lstrip("."), stored.get(n), here.get(n))]
+    if where in MAY_CHANGE:
+        return []
     return [] if stored == here else [f"{where} was {stored!r} and is {here!r}"]

@@ -108,10 +108,12 @@ class SFTConfig:
 
 @dataclass(frozen=True)
 class SFTResult:
-    """`num_updates` done so far; `finished` is False after Ctrl-C. `policy_folder` loads with `load_policy`."""
+    """`num_updates` done so far, all of them where `finished`. `interrupted`: Ctrl-C came, perhaps in the last one.
+    `policy_folder` loads with `load_policy`. `final_loss`: NaN where nothing was left to do."""
 
     num_updates: int
     finished: bool
+    interrupted: bool
     policy_folder: Path
     final_loss: float
     wall_s: float
@@ -237,14 +239,16 @@ def run_sft(
                 log.log(trainer.num_updates, {f"sft/{k}": v for k, v in metrics.items()} | {"sft/samples_per_s": rate})
                 logged_s, logged_updates, trainer.recent_losses = time.monotonic(), trainer.num_updates, []
             progress.update(trainer.num_updates, loss=last_loss)
-            if trainer.num_updates % config.checkpoint_interval == 0:
+            if trainer.num_updates % config.checkpoint_interval == 0 and trainer.num_updates < config.num_updates:
                 _save(trainer, sampler, run_dir, spec)
         _save(trainer, sampler, run_dir, spec)
     if trainer.ema is not None:
         trainer.ema.copy_to_parameters()
     policy.eval()
     finished = trainer.num_updates >= config.num_updates
-    return SFTResult(trainer.num_updates, finished, run_dir / POLICY_FOLDER, last_loss, time.monotonic() - begin)
+    return SFTResult(
+        trainer.num_updates, finished, stop.requested, run_dir / POLICY_FOLDER, last_loss, time.monotonic() - begin
+    )
 
 
 def _update(trainer: SupervisedTrainer, sampler: BatchSampler, run_dir: Path) -> dict[str, float]:

@@ -11,12 +11,15 @@ import torch
 
 from vla_rl.data.chunks import ChunkDataset
 from vla_rl.data.demos import DemoSummary, collect_demos
+from vla_rl.data.lerobot_format import DatasetError, atomic_write_json, read_json
 from vla_rl.data.lerobot_reader import LeRobotDataset
 from vla_rl.data.normalization import Normalizer
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.evaluation.evaluate import evaluate, evaluate_controller
 from vla_rl.evaluation.result import EvalResult
+from vla_rl.onpolicy.build import build_learner, build_sampler
 from vla_rl.policies.build import build_policy
+from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.native import load_policy
 from vla_rl.rollout.recorder import EpisodeRecorder, Recording
 from vla_rl.sim.experts import ScriptedExpert
@@ -39,9 +42,35 @@ def device_of(recipe: Recipe) -> torch.device:
     return device
 
 
+def check_recipe(recipe: Recipe) -> None:
+    """Raise ValueError or TypeError where the parts of a recipe do not fit: at once, not after an hour's training."""
+    env = recipe.env.make(1, split="train")
+    env.close()
+    policy: Any = build_policy(recipe.policy, env.spec, seed=0)
+    train = recipe.train
+    if train.execution_horizon > policy.action_horizon:
+        raise ValueError(
+            f"train.execution_horizon is {train.execution_horizon}, the policy predicts {policy.action_horizon} steps"
+        )
+    deployed, explored = (getattr(c, "num_steps", None) for c in (recipe.policy, train.sampler))
+    if deployed != explored and None not in (deployed, explored):
+        raise ValueError(
+            f"policy.num_steps is {deployed} and train.sampler.num_steps {explored}: another chain would be deployed "
+            "than was trained; make them equal"
+        )
+    without_demos = replace(train.algorithm, actor=replace(train.algorithm.actor, bc_coef=0.0))
+    sampler = build_sampler(policy, train.sampler, seed=0)
+    build_learner(sampler, without_demos, step_weighting=train.step_weighting)
+    device_of(recipe)
+
+
 def record_demos(recipe: Recipe, path: Path) -> DemoSummary:
-    """Demonstrations of the scripted expert as a LeRobot dataset."""
+    """Demonstrations of the scripted expert as a LeRobot dataset; `meta/recipe.json` says of what kind.
+
+    Raises DatasetError where `path` holds demonstrations of another kind: they would mix.
+    """
     config = recipe.demos
+    _check_same_demos(recipe, path)
     env = recipe.env.make(config.num_envs, split="train")
     first = config.seed * 10**6
     seeds = range(first, first + (config.num_episodes if config.keep == "all" else 10 * config.num_episodes))
@@ -53,12 +82,31 @@ def record_demos(recipe: Recipe, path: Path) -> DemoSummary:
         env.close()
 
 
+def _check_same_demos(recipe: Recipe, path: Path) -> None:
+    kind = {"env": config_to_dict(recipe.env), "demos": config_to_dict(recipe.demos)}
+    for name in ("num_threads", "engine"):
+        del kind["env"][name]
+    for name in ("num_episodes", "num_envs"):
+        del kind["demos"][name]
+    file = path / "meta" / "recipe.json"
+    if file.exists():
+        stored = read_json(file)
+        changed = [f"{p}.{n}" for p in kind for n in kind[p] if stored.get(p, {}).get(n) != kind[p][n]]
+        if changed:
+            raise DatasetError(f"{path} holds demonstrations with another {', '.join(changed)}; choose another folder")
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(file, kind)
+
+
 def fine_tune(recipe: Recipe, dataset_path: Path, run_dir: Path, *, resume: bool) -> SFTResult:
     """A new policy, fitted to the dataset."""
     env = recipe.env.make(1, split="train")
     spec = env.spec
     env.close()
     dataset = LeRobotDataset(dataset_path)
+    if not dataset.num_episodes:
+        raise DatasetError(f"{dataset_path}: no episode to learn from; record demonstrations first")
     policy: Any = build_policy(recipe.policy, spec, seed=recipe.sft.seed, device=device_of(recipe))
     policy.set_normalization(
         Normalizer.from_stats(dataset.stats["observation.state"], recipe.state_normalization),
@@ -124,11 +172,17 @@ def evaluate_policy(
             policy_batch_size=config.policy_batch_size,
             noise_seed=config.noise_seed,
             record=recorders[i] if recorders else None,
-            config={"split": config.split, "policy": label},
+            config={"policy": label} | _protocol(recipe, config),
             progress=progress,
         )
         results.append(result)
     return results[0] if len(results) == 1 else EvalResult.merge(results)
+
+
+def _protocol(recipe: Recipe, config: EvalConfig) -> dict[str, Any]:
+    """What decides an episode beside its seed: two evaluations that differ here are not of the same episodes."""
+    env = config_to_dict(recipe.env)
+    return {"split": config.split} | {name: env[name] for name in env if name not in ("task", "num_threads")}
 
 
 def _maker(recipe: Recipe, config: EvalConfig, task: str) -> Callable[[int], ChunkedEnv]:
@@ -144,7 +198,7 @@ def evaluate_expert(recipe: Recipe, config: EvalConfig) -> EvalResult:
             ScriptedExpert,
             config.seeds,
             num_envs=config.num_envs,
-            config={"split": config.split, "policy": "expert"},
+            config={"policy": "expert"} | _protocol(recipe, config),
         )
         for task in config.tasks or (recipe.env.task,)
     ]
