@@ -15,7 +15,8 @@ class EnvConfig:
 
     `task`: a name in `vla_rl.sim.tasks`. `cameras`: "agent", "wrist" or none, of `image_size` pixels in the square.
     `max_episode_steps`: None takes the task's. `randomization` of looks and physics: "off", "train" or "test".
-    `engine`: "cpu" or "warp" (a GPU). `num_threads`: None takes all cores.
+    `engine`: "cpu" or "warp" (a GPU), on `device` (None: the GPU where there is one). `num_threads`: None takes all
+    cores.
     """
 
     task: str = "reach"
@@ -27,6 +28,7 @@ class EnvConfig:
     privileged_state: bool = False
     randomization: str = "off"
     engine: str = "cpu"
+    device: str | None = None
     num_threads: int | None = None
 
     @property
@@ -58,4 +60,5 @@ class EnvConfig:
             num_threads=self.num_threads,
             randomization=self.randomization,
             engine=self.engine,
+            device=self.device,
         )

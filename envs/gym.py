@@ -79,7 +79,10 @@ class GymStepEnv:
         self._images = {
             c: torch.zeros(self.num_envs, s.height, s.width, 3, dtype=torch.uint8) for c, s in self._cameras.items()
         }
-        self._ended = np.ones(self.num_envs, dtype=bool)
+        self._ended = np.ones(self.num_envs, dtype=bool)  # as the vector environment has it now
+        self._over = np.ones(
+            self.num_envs, dtype=bool
+        )  # our episode is over, also where the environment was parked since
         self._in_sync = np.zeros(
             self.num_envs, dtype=bool
         )  # what is shown is what the vector environment last returned
@@ -93,6 +96,7 @@ class GymStepEnv:
             mask[i] = True
             self._seeds[i] = seed
             self._history[i] = []
+        self._over = self._over & ~mask
         self._in_sync = self._in_sync & ~mask
         self._keep(self._masked_reset(mask), mask)
         self._in_sync = self._in_sync | mask
@@ -112,6 +116,7 @@ class GymStepEnv:
             for i in np.flatnonzero(ended & moving):
                 self._keep_one(infos["final_obs"][i], int(i))
         self._ended = ended
+        self._over = self._over | (moving & ended)
         self._in_sync = moving & ~ended
         return StepOutcome(
             reward=torch.as_tensor(reward, dtype=torch.float32),
@@ -138,7 +143,7 @@ class GymStepEnv:
         return {
             "seeds": list(self._seeds),
             "history": [torch.as_tensor(np.array(h, dtype=np.float64).reshape(len(h), dim)) for h in self._history],
-            "ended": torch.as_tensor(self._ended.copy()),
+            "ended": torch.as_tensor(self._over.copy()),
             "state": self._state.clone(),
             "images": {c: x.clone() for c, x in self._images.items()},
         }
@@ -168,7 +173,7 @@ class GymStepEnv:
         if last.any() and longest > 0:
             self._masked_reset(last)
         self._history = history
-        self._ended = ended
+        self._over = ended
         self._in_sync = ~ended
         self._state = state["state"].clone()
         self._images = {c: x.clone() for c, x in state["images"].items()}

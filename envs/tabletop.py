@@ -65,6 +65,11 @@ class TabletopConfig:
         ):  # fmt: skip
             if value not in known:
                 raise ValueError(f"tabletop: {name} {value!r} is unknown; use one of {', '.join(known)}")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ValueError(f"tabletop: num_threads must be at least 1, got {self.num_threads}; None takes all cores")
+        for camera, size in self.cameras.items():
+            if min(size if isinstance(size, tuple) else (size,)) < 1:
+                raise ValueError(f"tabletop: camera {camera!r} has size {size}, expected at least 1 pixel")
         if self.max_episode_steps is not None and self.max_episode_steps < 1:
             raise ValueError(f"tabletop: max_episode_steps must be at least 1, got {self.max_episode_steps}")
         randomization_config(self.randomization)

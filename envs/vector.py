@@ -85,10 +85,12 @@ class ChunkedEnv:
     def step(self, actions: Tensor, *, record: Sequence[int] = ()) -> ChunkStep:
         """Execute `actions [N, K, A]` in the environment's units.
 
-        Raises ValueError for a wrong shape or an action that is not finite (with the environment's index), before
-        anything moves.
+        Raises ValueError, before anything moves, for a wrong shape, an id in `record` that is not there, and on a CPU
+        for an action that is not finite (with the environment's index; on a GPU asking would cost a synchronisation).
         """
         self._check_actions(actions)
+        if any(not 0 <= int(i) < self.num_envs for i in record):
+            raise ValueError(f"step: record {list(record)} out of range for {self.num_envs} environments")
         n, k = actions.shape[:2]
         device = actions.device
         ended_before = self._ended.to(device)

@@ -9,7 +9,6 @@ drives `CpuEngine` (mujoco.batch on CPU threads) and an engine on a GPU.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +17,8 @@ import numpy as np
 import torch
 from mujoco.batch import Batch
 from torch import Tensor
+
+from vla_rl.cpu import available_cores
 
 # Fields of the model that only pictures depend on: kept by the engine and read by renderers, never by physics.
 VISUAL_FIELDS = frozenset(
@@ -113,11 +114,6 @@ def _ascending(sim_ids: Tensor) -> np.ndarray:
     return np.unique(sim_ids.numpy())
 
 
-def default_num_threads() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class CpuEngine:
     """`Engine` on `mujoco.batch.Batch`: simulations share `num_threads` CPU threads; results are bit-identical at any
     number of threads. Tensors are float64 views of the batch's own memory.
@@ -143,7 +139,7 @@ class CpuEngine:
         self.model = model
         self.num_sims = num_sims
         self.device = torch.device("cpu")
-        self._batch = Batch(model, num_sims, min(num_threads or default_num_threads(), num_sims))
+        self._batch = Batch(model, num_sims, min(num_threads or available_cores(), num_sims))
         self._fields: dict[str, Tensor] = {}
         for name in _STATE_FIELDS:
             setattr(self, name, torch.from_numpy(self._batch.bind(name)))
@@ -242,4 +238,4 @@ _FATAL_WARNINGS = (
 )
 
 
-__all__ = ["VISUAL_FIELDS", "CpuEngine", "Engine", "default_num_threads"]
+__all__ = ["VISUAL_FIELDS", "CpuEngine", "Engine"]

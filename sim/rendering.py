@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_rl.sim.engine import VISUAL_FIELDS, Engine, default_num_threads
+from vla_rl.cpu import available_cores
+from vla_rl.sim.engine import VISUAL_FIELDS, Engine
 
 _MISSING_GL = (
     "cannot make an OpenGL context with MUJOCO_GL={backend}: {error}. Rendering without a display needs "
@@ -53,7 +54,7 @@ class CpuRenderer:
     def __init__(self, engine: Engine, num_threads: int | None = None) -> None:
         self._engine = engine
         self._cameras = {engine.model.camera(i).name: i for i in range(engine.model.ncam)}
-        self._num_threads = num_threads or default_num_threads()
+        self._num_threads = min(num_threads or available_cores(), engine.num_sims)
         self._threads: list[ThreadPoolExecutor] = []
         self._painters: list[_Painter] = []
 

@@ -31,7 +31,7 @@ try:
     import mujoco_warp as mjw
 except ImportError as error:
     raise ImportError(
-        "the warp engine needs mujoco-warp and warp-lang: pip install 'vla-rl[gpu]', or use engine='cpu'"
+        "the warp engine needs mujoco-warp and warp-lang: pip install -e '.[gpu]', or use engine='cpu'"
     ) from error
 
 # What a step changes and a frozen simulation must keep; the rest of the state is written from outside alone.
@@ -252,18 +252,16 @@ class WarpEngine:
             if diverged:
                 raise RuntimeError(
                     f"the physics of simulations {diverged} diverged (not-a-number positions or velocities); look for "
-                    "an extreme mass, gain or friction, or use a smaller SceneConfig.timestep"
+                    "an action that is not a number, an extreme mass, gain or friction, or a large SceneConfig.timestep"
                 )
             raise RuntimeError(
-                f"simulations {crowded} had more contacts than there was room for; raise WarpConfig.contacts_per_sim "
-                "and constraints_per_sim"
+                f"simulations {crowded} had more contacts than there was room for; give TabletopEnv a WarpEngine "
+                "with a larger WarpConfig.contacts_per_sim and constraints_per_sim"
             )
 
 
 def _keyframe(model: mujoco.MjModel) -> dict[str, np.ndarray]:
     """What keyframe 0 says of the state; everything else starts at zero."""
-    quats = np.zeros((model.nmocap, 4))
-    quats[:, 0] = 1.0
     values = {
         "qpos": model.key_qpos[0],
         "qvel": model.key_qvel[0],

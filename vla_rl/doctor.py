@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 import torch
 
+from vla_rl.cpu import cpu_limit
+
 Status = Literal["ok", "missing", "warning", "failed"]
 
 _PROBE_TIMEOUT_S = 90
@@ -146,7 +148,7 @@ def _machine() -> list[Check]:
     version = platform.python_version()
     supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = _cpu_limit()
+    limit = cpu_limit()
     cpu = f"{threads} threads" + (f", limited to {limit:g} cores" if limit and limit < threads else "")
     cpu += f", {_cpu_model()}" if _cpu_model() else ""
     memory = _memory_gb()
@@ -209,15 +211,6 @@ def _cpu_model() -> str:
     return platform.processor()
 
 
-def _cpu_limit() -> float | None:
-    """Cores that a container may use, where it is limited (cgroup v2)."""
-    file = Path("/sys/fs/cgroup/cpu.max")
-    if not file.exists():
-        return None
-    quota, period = file.read_text(encoding="utf-8").split()
-    return None if quota == "max" else int(quota) / int(period)
-
-
 def _memory_gb() -> float:
     """Physical memory, or less where a container is limited (cgroup v2)."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
@@ -244,7 +237,7 @@ def _engines() -> list[Check]:
             "mujoco_warp",
             _WARP_PROBE,
             lambda out: f"{_version('mujoco-warp')} on {out['name']}" + _slow_on_cpu(out["name"]),
-            "pip install 'vla-rl[gpu]'; it needs an NVIDIA GPU to be of use",
+            ".venv/bin/pip install -e '.[gpu]'; it needs an NVIDIA GPU to be of use",
         ),
     ]
 

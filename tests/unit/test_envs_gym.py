@@ -99,3 +99,21 @@ def test_an_environment_without_pictures_says_so() -> None:
     env.reset([0])
     with pytest.raises(RuntimeError, match="render_mode='rgb_array'"):
         env.render([0])
+
+
+def test_an_ended_and_parked_environment_is_resumed_as_ended():
+    """Its episode ended inside a chunk and nobody reset it: the environment inside was parked since."""
+
+    def make():
+        makers = [lambda limit=limit: gym.make("Pendulum-v1", max_episode_steps=limit) for limit in (6, 30)]
+        return make_gym(makers, auto_reset=False)
+
+    env, resumed, actions = make(), make(), torch.full((2, 4, 1), 0.5)
+    env.reset([1, 2])
+    env.step(actions)
+    assert env.step(actions).end_step.tolist() == [1, -1]
+    resumed.load_state_dict(env.state_dict())
+    ours, theirs = env.step(actions), resumed.step(actions)
+    assert theirs.executed.tolist() == ours.executed.tolist() == [[False] * 4, [True] * 4]
+    assert torch.equal(ours.rewards, theirs.rewards)
+    assert torch.equal(ours.obs.state[1], theirs.obs.state[1])

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from vla_rl.cpu import available_cores
 from vla_rl.data.lerobot_format import atomic_write, atomic_write_json
 from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
 
@@ -122,7 +123,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": available_cores(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
         "threads": torch.get_num_threads(),
         "versions": versions,

@@ -84,7 +84,7 @@ def record_demos(recipe: Recipe, path: Path) -> DemoSummary:
 
 def _check_same_demos(recipe: Recipe, path: Path) -> None:
     kind = {"env": config_to_dict(recipe.env), "demos": config_to_dict(recipe.demos)}
-    for name in ("num_threads", "engine"):
+    for name in ("num_threads", "engine", "device"):
         del kind["env"][name]
     for name in ("num_episodes", "num_envs"):
         del kind["demos"][name]
@@ -182,7 +182,7 @@ def evaluate_policy(
 def _protocol(recipe: Recipe, config: EvalConfig) -> dict[str, Any]:
     """What decides an episode beside its seed: two evaluations that differ here are not of the same episodes."""
     env = config_to_dict(recipe.env)
-    return {"split": config.split} | {name: env[name] for name in env if name not in ("task", "num_threads")}
+    return {"split": config.split} | {name: env[name] for name in env if name not in ("task", "num_threads", "device")}
 
 
 def _maker(recipe: Recipe, config: EvalConfig, task: str) -> Callable[[int], ChunkedEnv]:
