@@ -40,7 +40,7 @@ def demo() -> Recipe:
             augmentation=AugmentationConfig(shift_pixels=1, brightness=0.1, contrast=0.1, state_dropout=0.5),
         ),
         train=TrainConfig(
-            num_iterations=75,
+            num_iterations=60,
             num_envs=160,
             execution_horizon=EXECUTION_HORIZON,
             sampler=FlowSamplerConfig(kernel="flow_sde", mode="hybrid", scored_horizon=EXECUTION_HORIZON),
