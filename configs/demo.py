@@ -65,10 +65,12 @@ def demo() -> Recipe:
 def demo_smoke() -> Recipe:
     """The demo with every stage cut short: shows in a minute that all of it runs, and nothing about learning."""
     recipe = demo()
+    assert isinstance(recipe.train.algorithm, PPOConfig)
+    algorithm = replace(recipe.train.algorithm, critic_warmup_iterations=1)
     return replace(
         recipe,
         demos=replace(recipe.demos, num_episodes=12, num_envs=6),
         sft=replace(recipe.sft, num_updates=10, batch_size=16, warmup_updates=2),
-        train=replace(recipe.train, num_iterations=3, num_envs=8, eval_interval=0),
+        train=replace(recipe.train, num_iterations=3, num_envs=8, eval_interval=0, algorithm=algorithm),
         evaluation=replace(recipe.evaluation, num_episodes=8, num_videos=2),
     )

@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "add_a_task.md"
 
 
 def _code(language: str) -> str:
-    (code,) = re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
+    code = re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)[0]
     return code
 
 
