@@ -190,6 +190,7 @@ class TabletopEnv:
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the future; see `StepEnv`."""
         return {
+            "kind": self._kind(),
             "engine": self.engine.state_dict(),
             "controller": self.controller.state_dict(),
             "variables": {name: value.clone() for name, value in self.variables.items()},
@@ -201,9 +202,11 @@ class TabletopEnv:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError where the state is of another number of environments, or randomised and this is not."""
-        if (state["randomization"] is None) != (self._randomizer is None):
-            raise ValueError("this state and this environment differ in randomization: one of them is off")
+        """Raises ValueError, with nothing changed, for a state of another task, control, randomization or engine."""
+        here = self._kind()
+        different = [name for name in here if state["kind"].get(name) != here[name]]
+        if different:
+            raise ValueError(f"this state and this environment differ in {', '.join(different)}")
         self.engine.load_state_dict(state["engine"])
         if self._randomizer is not None:
             self._randomizer.load_state_dict(state["randomization"])
@@ -214,6 +217,15 @@ class TabletopEnv:
         self.seeds.copy_(state["seeds"])
         self.episode_steps.copy_(state["episode_steps"])
         self._progress.copy_(state["progress"])
+
+    def _kind(self) -> dict[str, str]:
+        config = self.config
+        return {
+            "task": self.task.name,
+            "control": config.control,
+            "randomization": str(config.randomization),
+            "engine": config.engine,
+        }
 
     def close(self) -> None:
         self.renderer.close()

@@ -308,10 +308,10 @@ def test_levels_share_the_task_but_no_random_number() -> None:
 
 
 def test_a_state_of_another_level_is_refused() -> None:
-    off, on = make_tabletop("reach", 2), make_tabletop("reach", 2, randomization="train")
-    off.reset([0, 1])
-    on.reset([0, 1])
-    for env, other in ((off, on), (on, off)):
+    off, on, test = (make_tabletop("reach", 2, randomization=level) for level in ("off", "train", "test"))
+    for env in (off, on, test):
+        env.reset([0, 1])
+    for env, other in ((off, on), (on, off), (on, test), (test, on)):
         with pytest.raises(ValueError, match="differ in randomization"):
             env.load_state_dict(other.state_dict())
 

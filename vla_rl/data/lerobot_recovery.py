@@ -33,7 +33,8 @@ class Recovered:
 
 
 def recover(path: Path, spec: DatasetSpec) -> Recovered:
-    """The committed state of the dataset at `path`; files and rows that no committed episode names are removed.
+    """The committed state of the dataset at `path`; rows that no committed episode names are removed.
+    A video file of such an episode is overwritten by the one that takes its number.
 
     Raises DatasetError where the dataset has other features than `spec` or is damaged.
     """
