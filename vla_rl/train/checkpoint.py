@@ -7,15 +7,26 @@ Policies are kept apart, as safetensors (`vla_rl.policies.checkpoints`).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vla_rl.policies.checkpoints.config_json import config_to_dict
+
 
 class CheckpointError(ValueError):
     """A state file cannot be read, or belongs to another run."""
+
+
+def require_same_config(stored: Mapping[str, Any], config: Any, may_change: Collection[str], where: Path) -> None:
+    """Raise CheckpointError where the run of the state file `where` had another `config`, but for `may_change`."""
+    here = config_to_dict(config)
+    changed = [name for name in here if name not in may_change and stored.get(name) != here[name]]
+    if changed:
+        changes = ", ".join(f"{name}: {stored.get(name)} -> {here[name]}" for name in changed)
+        raise CheckpointError(f"{where}: the stored run has another configuration ({changes}); resume with its own")
 
 
 def save_state(path: str | Path, state: Mapping[str, Any]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,17 @@ class DivergenceError(RuntimeError):
         header = {"message": str(self), "details": json.dumps(self.details)}
         save_file({k: v.cpu().contiguous() for k, v in self.tensors.items()}, path, metadata=header)
         return path
+
+
+@contextmanager
+def dumping(path: Path, state_file: Path) -> Iterator[None]:
+    """Write the batch of a DivergenceError to `path`, and say so, and where the last good checkpoint is."""
+    try:
+        yield
+    except DivergenceError as error:
+        kept = f"the last good checkpoint is {state_file}" if state_file.exists() else "no checkpoint was written yet"
+        error.add_note(f"batch written to {error.dump(path)}; {kept}")
+        raise
 
 
 def require_finite(

@@ -24,14 +24,14 @@ from vla_rl.policies.checkpoints.native import save_policy
 from vla_rl.progress import Progress
 from vla_rl.protocols import Learner
 from vla_rl.rollout.collector import RolloutCollector
-from vla_rl.train.checkpoint import CheckpointError, load_state, save_state
+from vla_rl.train.checkpoint import load_state, require_same_config, save_state
 from vla_rl.train.demo_source import DatasetDemos
-from vla_rl.train.divergence import DivergenceError
+from vla_rl.train.divergence import dumping
 from vla_rl.train.interrupt import StopOnInterrupt
 from vla_rl.train.metrics import Metrics, MetricsLogger
 
 STATE_FILE, POLICY_FOLDER, DIVERGED_FILE = "train_state.pt", "policy", "diverged_batch.safetensors"
-_MAY_CHANGE = ("num_iterations", "eval_interval", "checkpoint_interval")  # across a resume
+MAY_CHANGE = ("num_iterations", "eval_interval", "checkpoint_interval")  # across a resume
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,7 @@ class Trainer:
     def load(self, run_dir: Path) -> None:
         """Go on from `run_dir`. Raises CheckpointError where the stored run has another configuration."""
         state = load_state(run_dir / STATE_FILE)
-        stored, here = state["config"], config_to_dict(self.config)
-        changed = [k for k in here if k not in _MAY_CHANGE and stored.get(k) != here[k]]
-        if changed:
-            changes = ", ".join(f"{k}: {stored.get(k)} -> {here[k]}" for k in changed)
-            raise CheckpointError(
-                f"{run_dir}: the stored run has another configuration ({changes}); resume with its own"
-            )
+        require_same_config(state["config"], self.config, MAY_CHANGE, run_dir / STATE_FILE)
         self.learner.load_state_dict(state["learner"])
         self._collector.load_state_dict(state["collector"])
         if self._demos is not None:
@@ -165,7 +159,8 @@ def run_training(
     resume_after = first if resume else None
     with StopOnInterrupt() as stop, MetricsLogger(run_dir, resume_after=resume_after, tensorboard=tensorboard) as log:
         while trainer.num_iterations < config.num_iterations and not stop.requested:
-            metrics = _iterate_or_dump(trainer, run_dir)
+            with dumping(run_dir / DIVERGED_FILE, run_dir / STATE_FILE):
+                metrics = trainer.iterate()
             done = trainer.num_iterations
             if evaluate is not None and _is_due(done, config.eval_interval, config.num_iterations):
                 metrics |= evaluate()
@@ -182,17 +177,6 @@ def run_training(
 
 def _is_due(done: int, interval: int, total: int) -> bool:
     return interval > 0 and (done % interval == 0 or done == total)
-
-
-def _iterate_or_dump(trainer: Trainer, run_dir: Path) -> Metrics:
-    try:
-        return trainer.iterate()
-    except DivergenceError as error:
-        path = error.dump(run_dir / DIVERGED_FILE)
-        last = run_dir / STATE_FILE
-        kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
-        error.add_note(f"batch written to {path}; {kept}")
-        raise
 
 
 __all__ = ["TrainConfig", "TrainResult", "Trainer", "run_training"]

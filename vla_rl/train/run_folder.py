@@ -22,6 +22,7 @@ from typing import IO, Any, TypeVar
 from vla_rl.cpu import available_cores
 from vla_rl.data.lerobot_format import atomic_write, atomic_write_json
 from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
+from vla_rl.train import loop, sft
 
 CONFIG_FILE, PROVENANCE_FILE, DIFF_FILE = "config.json", "provenance.json", "source.diff"
 _PACKAGES = ("vla-rl", "torch", "numpy", "mujoco", "mujoco-warp", "gymnasium", "pyarrow", "safetensors")
@@ -29,8 +30,8 @@ ConfigT = TypeVar("ConfigT")
 _LOCK_FILE = ".lock"
 _LOCKS: dict[int, IO[str]] = {}  # inode -> file, for as long as this process lives
 MAY_CHANGE = (
-    *(f"train.{name}" for name in ("num_iterations", "eval_interval", "checkpoint_interval")),
-    *(f"sft.{name}" for name in ("log_interval", "checkpoint_interval")),
+    *(f"train.{name}" for name in loop.MAY_CHANGE),
+    *(f"sft.{name}" for name in sft.MAY_CHANGE),
     "torch_threads",
     "device",
 )

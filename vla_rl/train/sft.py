@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,17 +19,19 @@ from torch import Tensor, nn
 
 from vla_rl.core import EnvSpec, Observation
 from vla_rl.data.chunks import ChunkDataset, EpochSampler
+from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.native import save_policy
 from vla_rl.progress import Progress
 from vla_rl.protocols import HasFeatures, HasSupervisedLoss, PolicyInputs, require, trainable_parameters
 from vla_rl.train.augmentation import AugmentationConfig, augment
-from vla_rl.train.checkpoint import load_state, save_state
-from vla_rl.train.divergence import DivergenceError, require_finite
+from vla_rl.train.checkpoint import load_state, require_same_config, save_state
+from vla_rl.train.divergence import dumping, require_finite
 from vla_rl.train.ema import Ema
 from vla_rl.train.interrupt import StopOnInterrupt
 from vla_rl.train.metrics import MetricsLogger
 
 STATE_FILE, POLICY_FOLDER, DIVERGED_FILE = "sft_state.pt", "policy", "diverged_batch.safetensors"
+MAY_CHANGE = ("log_interval", "checkpoint_interval")  # across a resume
 
 
 class BatchSampler(Protocol):
@@ -258,12 +260,8 @@ def _update(trainer: SupervisedTrainer, sampler: BatchSampler, run_dir: Path) ->
             f"the sampler gives batches of {len(obs)}, SFTConfig.batch_size is {trainer.config.batch_size}; "
             "build the sampler with the configuration's batch size"
         )
-    try:
+    with dumping(run_dir / DIVERGED_FILE, run_dir / STATE_FILE):
         return trainer.update(obs, actions, mask)
-    except DivergenceError as error:
-        path = error.dump(run_dir / DIVERGED_FILE)
-        error.add_note(f"batch written to {path}; the last good checkpoint is {run_dir / STATE_FILE}")
-        raise
 
 
 def _batch_tensors(inputs: PolicyInputs, actions: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -279,11 +277,7 @@ def _start_or_resume(trainer: SupervisedTrainer, sampler: BatchSampler, run_dir:
     if not resume:
         raise FileExistsError(f"{path} holds a run already; resume it, or choose another run folder")
     state = load_state(path)
-    here = _resume_key(trainer.config)
-    different = sorted(key for key in here if state["config"].get(key) != here[key])
-    if different:
-        changes = ", ".join(f"{k}: {state['config'].get(k)} -> {here[k]}" for k in different)
-        raise ValueError(f"{path}: the stored run has another configuration ({changes}); resume with the same one")
+    require_same_config(state["config"], trainer.config, MAY_CHANGE, path)
     trainer.load_state_dict(state["trainer"])
     sampler.load_state_dict(state["sampler"])
 
@@ -295,14 +289,6 @@ def _save(trainer: SupervisedTrainer, sampler: BatchSampler, run_dir: Path, spec
     state = {
         "trainer": trainer.state_dict(),
         "sampler": sampler.state_dict(),
-        "config": _resume_key(trainer.config),
+        "config": config_to_dict(trainer.config),
     }
     save_state(run_dir / STATE_FILE, state)
-
-
-def _resume_key(config: SFTConfig) -> dict[str, Any]:
-    """What must not change across a resume; how often to log or to save may."""
-    values = asdict(config)
-    del values["log_interval"], values["checkpoint_interval"]
-    values["betas"] = list(values["betas"])
-    return values
