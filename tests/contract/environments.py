@@ -10,6 +10,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from tests.contract.gym_env import DriftEnv
 from tests.contract.scripted_env import ScriptedEnv
 from vla_rl.envs.gym import GymStepEnv
+from vla_rl.envs.point_maze import PointMazeEnv
 from vla_rl.envs.tabletop import TabletopConfig, TabletopEnv
 from vla_rl.envs.two_way_reach import TwoWayReachEnv
 from vla_rl.protocols import StepEnv
@@ -39,4 +40,5 @@ ENVIRONMENTS: dict[str, Callable[[int], StepEnv]] = {
     "tabletop": _tabletop("ee_delta_yaw"),
     "tabletop_joint": _tabletop("joint_delta"),
     "two_way_reach": TwoWayReachEnv,
+    "point_maze": lambda n: PointMazeEnv(n, "wall_gap", "far", max_episode_steps=12),
 }
