@@ -1,0 +1,195 @@
+"""Conservative and calibrated Q-learning on chunks: CQL (arXiv 2006.04779), Cal-QL (arXiv 2303.05479).
+
+    loss = TD + alpha * (push down on the policy's and on random chunks - push up on the data's)
+
+Cal-QL pushes no value of the policy below the Monte-Carlo return of the data's behaviour from that state, so the
+critic keeps the scale of true returns, and nothing has to be unlearned when the agent goes online.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from vla_rl.data.replay import ReplayBatch
+from vla_rl.offpolicy.critics import EnsembleReduction, weighted_mean
+from vla_rl.offpolicy.networks import AgentSpec, Params, sample_tanh_gaussian
+from vla_rl.offpolicy.sac import (
+    ActorCritic,
+    SACConfig,
+    apply_critic_gradient,
+    chunk_values,
+    init_sac,
+    inverse_softplus,
+    sac_actor_step,
+    sample_chunk,
+    td_loss,
+    temperature_of,
+)
+from vla_rl.offpolicy.train_state import Optimizers, TrainState, split_key
+from vla_rl.offpolicy.update import Metrics, make_update
+
+
+@dataclass(frozen=True)
+class ConservativeConfig:
+    """The term beside TD.
+
+    `form`: "importance" (log-sum-exp of Q minus the log-density of each sample), "logsumexp" (without densities, the
+    data's chunk among the samples), "expectation" (mean over the policy's chunks only, CO-RFT's equation 8). The
+    importance form is for single steps: a uniform chunk has density 0.5^(H * A), which drowns all else above ~20.
+    `calibrate`: Cal-QL; off it is CQL. `bound_random_actions`: apply the bound to random chunks too, as ConRFT does.
+    `lagrange_gap`: alpha times a multiplier that is raised while the gap is larger; None keeps alpha fixed.
+    `reduction`: members that the term counts in; WSRL draws two of ten with replacement. None: all, each by itself.
+    """
+
+    alpha: float = 5.0
+    num_actions: int = 10
+    form: Literal["importance", "logsumexp", "expectation"] = "importance"
+    calibrate: bool = True
+    bound_random_actions: bool = False
+    lagrange_gap: float | None = None
+    initial_multiplier: float = 1.0
+    multiplier_learning_rate: float = 3e-4
+    members: EnsembleReduction | None = None
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0.0 or self.num_actions < 1 or self.initial_multiplier <= 0.0:
+            raise ValueError(f"ConservativeConfig needs alpha >= 0, num_actions >= 1, initial_multiplier > 0: {self}")
+
+
+@dataclass(frozen=True)
+class CalQLConfig:
+    """`sac`: everything but the conservative term."""
+
+    sac: SACConfig = field(default_factory=SACConfig)
+    conservative: ConservativeConfig = field(default_factory=ConservativeConfig)
+
+
+def conservative_gap(
+    config: ConservativeConfig,
+    q_data: Array,
+    q_random: Array,
+    q_policy: Array,
+    mc_return: Array,
+    log_prob: Array,
+    chunk_dim: int,
+) -> tuple[Array, Array]:
+    """What the term pushes down minus what it pushes up, [E, B, P], and the share of bounded values.
+
+    `q_data` [E, B, P]; `q_random`, `q_policy` [E, M, B, P]; `mc_return` [B], -inf where no bound is known;
+    `log_prob` [M, B] of the policy's samples (arXiv 2303.05479, equation 4.1; arXiv 2006.04779, equation 4).
+    """
+    bound = mc_return[None, None, :, None]
+    bounded = (q_policy < bound).mean()
+    if config.calibrate:
+        q_policy = jnp.maximum(q_policy, bound)
+        if config.bound_random_actions:
+            q_random = jnp.maximum(q_random, bound)
+    if config.form == "expectation":
+        return q_policy.mean(axis=1) - q_data, bounded
+    if config.form == "importance":
+        samples = jnp.concatenate([q_random - chunk_dim * math.log(0.5), q_policy - log_prob[None, :, :, None]], axis=1)
+        return jax.nn.logsumexp(samples, axis=1) - q_data, bounded
+    samples = jnp.concatenate([q_random, q_policy, q_data[:, None]], axis=1)
+    return jax.nn.logsumexp(samples, axis=1) - math.log(samples.shape[1]) - q_data, bounded
+
+
+def conservative_loss(
+    nets: ActorCritic,
+    config: CalQLConfig,
+    critic: Params,
+    params: dict[str, Params],
+    batch: ReplayBatch,
+    key: Array,
+) -> tuple[Array, Metrics]:
+    """Mean gap: chunks of the policy at s and at s', and uniform ones, all valued at s."""
+    keys = jax.random.split(key, 4)
+    m, (b, h, a) = config.conservative.num_actions, batch.actions.shape
+    chunks, log_probs = [], []
+    for sample_key, obs in ((keys[0], batch.obs), (keys[1], batch.next_obs)):
+        mean, std = nets.actor(params["actor"], obs)
+        actions, log_prob = sample_tanh_gaussian(mean, std, sample_key, m)
+        chunks.append(actions)
+        log_probs.append(log_prob)
+    random = jax.random.uniform(keys[2], (m, b, h, a), minval=-1.0, maxval=1.0)
+    values = chunk_values(nets, config.sac, critic, batch.obs, jnp.concatenate([random, *chunks]))
+    q_data = config.sac.critic.head.value(nets.critic(critic, batch.obs, batch.actions))
+    if config.conservative.members is not None:
+        members = config.conservative.members.members(keys[3], values.shape[0])
+        values, q_data = (values, q_data) if members is None else (values[members], q_data[members])
+    gap, bounded = conservative_gap(
+        config.conservative,
+        q_data,
+        values[:, :m],
+        values[:, m:],
+        batch.mc_return,
+        jnp.concatenate(log_probs),
+        nets.spec.chunk_dim,
+    )
+    loss = weighted_mean(gap, batch.weight[:, None])
+    return loss, {"conservative_gap": loss, "calibrated_share": bounded, "q_random": values[:, :m].mean()}
+
+
+def calql_optimizers(config: CalQLConfig) -> Optimizers:
+    rates = {
+        "actor": config.sac.actor_learning_rate,
+        "critic": config.sac.critic_learning_rate,
+        "temperature": config.sac.temperature_learning_rate,
+    }
+    if config.conservative.lagrange_gap is not None:
+        rates["cql_multiplier"] = config.conservative.multiplier_learning_rate
+    return Optimizers(rates)
+
+
+class CalQL:
+    """An `OffPolicyAgent`; CQL with `calibrate=False`."""
+
+    def __init__(self, spec: AgentSpec, config: CalQLConfig) -> None:
+        self.spec, self.config = spec, config
+        self.nets = ActorCritic.build(spec, config.sac)
+        self._optimizers = calql_optimizers(config)
+        self.update = make_update(
+            self._critic_step, lambda s, b: sac_actor_step(self.nets, config.sac, s, b), config.sac.actor_batch
+        )
+        self._act = jax.jit(sample_chunk, static_argnums=0, static_argnames="explore")
+
+    def init(self, seed: int) -> TrainState:
+        state = init_sac(self.spec, self.config.sac, seed)
+        if self.config.conservative.lagrange_gap is None:
+            return state
+        params = state.params | {"cql_multiplier": inverse_softplus(self.config.conservative.initial_multiplier)}
+        return state._replace(params=params, moments=self._optimizers.init(params))
+
+    def act(self, state: TrainState, obs: Array, key: Array, *, explore: bool) -> Array:
+        """A sample with `explore`, else tanh of the mean."""
+        return self._act(self.nets.actor, state.params["actor"], obs, key, explore=explore)
+
+    def _loss(
+        self, trained: dict[str, Params], params: dict[str, Params], batch: ReplayBatch, keys: Array
+    ) -> tuple[Array, Metrics]:
+        config, critic = self.config.conservative, trained["critic"]
+        td, metrics = td_loss(self.nets, self.config.sac, critic, params, batch, keys[0])
+        gap, more = conservative_loss(self.nets, self.config, critic, params, batch, keys[1])
+        metrics |= more
+        if config.lagrange_gap is None:
+            return td + config.alpha * gap, metrics
+        multiplier = temperature_of(trained["cql_multiplier"])
+        excess = config.alpha * (gap - config.lagrange_gap)
+        metrics["cql_multiplier"] = multiplier
+        # the critic goes down this, the multiplier goes up it
+        critic_part = jax.lax.stop_gradient(multiplier) * excess
+        return td + critic_part - multiplier * jax.lax.stop_gradient(excess), metrics
+
+    def _critic_step(self, state: TrainState, batch: ReplayBatch) -> tuple[TrainState, Metrics]:
+        state, keys = split_key(state, 2)
+        trained = {name: state.params[name] for name in ("critic", "cql_multiplier") if name in state.params}
+        gradients, metrics = jax.grad(self._loss, has_aux=True)(trained, state.params, batch, keys)
+        return apply_critic_gradient(self._optimizers, self.config.sac.tau, state, gradients), metrics
+
+
+__all__ = ["CalQL", "CalQLConfig", "ConservativeConfig", "conservative_gap"]

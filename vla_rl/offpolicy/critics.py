@@ -1,0 +1,115 @@
+"""Critics of action chunks, and what is made of an ensemble's values.
+
+A critic maps obs [B, O] and actions [B, H, A] to outputs [E, B, P, D]: E members, P prefixes of the chunk (one for the
+MLP, which values the whole chunk; H for the causal transformer of `prefix_critic.py`), D as the value head has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from vla_rl.data.replay import ReplayBatch
+from vla_rl.offpolicy.networks import AgentSpec, EnsembleMLP
+from vla_rl.offpolicy.value_heads import ScalarHead, ValueHead
+
+
+@dataclass(frozen=True)
+class MLPCriticConfig:
+    """An ensemble of `num_members` MLPs over (obs, flattened chunk); REDQ and WSRL have 10 with LayerNorm."""
+
+    num_members: int = 10
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    layer_norm: bool = True
+    activation: Literal["relu", "gelu"] = "relu"
+    head: ValueHead = field(default_factory=ScalarHead)
+
+    def num_prefixes(self, spec: AgentSpec) -> int:
+        """1: the whole chunk."""
+        del spec
+        return 1
+
+    def build(self, spec: AgentSpec, rngs: nnx.Rngs) -> nnx.Module:
+        return MLPCritic(spec, self, rngs)
+
+
+class MLPCritic(nnx.Module):
+    """Q(s, a_{t:t+H}) of a whole chunk."""
+
+    def __init__(self, spec: AgentSpec, config: MLPCriticConfig, rngs: nnx.Rngs) -> None:
+        self.mlp = EnsembleMLP(
+            config.num_members,
+            spec.obs_dim + spec.chunk_dim,
+            config.hidden_sizes,
+            config.head.out_dim,
+            layer_norm=config.layer_norm,
+            activation={"relu": nnx.relu, "gelu": nnx.gelu}[config.activation],
+            rngs=rngs,
+        )
+
+    def __call__(self, obs: Array, actions: Array) -> Array:
+        """[B, O], [B, H, A] -> [E, B, 1, D]."""
+        flat = actions.reshape(actions.shape[0], -1)
+        return self.mlp(jnp.concatenate([obs, flat], axis=-1))[:, :, None]
+
+
+@dataclass(frozen=True)
+class EnsembleReduction:
+    """How E values become one: `reduce` over `subset_size` members (None: all), drawn anew at every call.
+
+    WSRL draws 2 of 10 with replacement, REDQ and RLPD without.
+    """
+
+    reduce: Literal["min", "mean"] = "min"
+    subset_size: int | None = 2
+    with_replacement: bool = False
+
+    def members(self, key: Array, num_members: int) -> Array | None:
+        """int [M] of the members that count, None for all of them. Raises ValueError for a subset that is too large."""
+        if self.subset_size is None:
+            return None
+        if self.subset_size > num_members and not self.with_replacement:
+            raise ValueError(
+                f"a subset of {self.subset_size} cannot be drawn from {num_members} critics; "
+                "make it smaller, or None for all"
+            )
+        return jax.random.choice(key, num_members, (self.subset_size,), replace=self.with_replacement)
+
+    def __call__(self, values: Array, key: Array) -> Array:
+        """[E, ...] -> [...]."""
+        members = self.members(key, values.shape[0])
+        chosen = values if members is None else values[members]
+        return chosen.min(axis=0) if self.reduce == "min" else chosen.mean(axis=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- targets
+def successors(batch: ReplayBatch, num_prefixes: int) -> Array:
+    """Observations that targets bootstrap from, [B * P, O]: s_{t+k} of the chunk, or of each of its prefixes."""
+    if num_prefixes == 1:
+        return batch.next_obs
+    if batch.prefix_next_obs is None:
+        raise ValueError("a prefix critic needs batches that were sampled with prefixes=True")
+    return batch.prefix_next_obs.reshape(-1, batch.prefix_next_obs.shape[-1])
+
+
+def td_targets(batch: ReplayBatch, next_values: Array, num_prefixes: int) -> tuple[Array, Array]:
+    """Targets [B, P] `reward + discount * V(successor)` from `next_values [B * P]`, and their weights [B, P].
+
+    Each prefix has its own i-step target: losses are averaged over prefixes, targets never are (arXiv 2503.03660).
+    """
+    if num_prefixes == 1:
+        targets = (batch.reward + batch.discount * next_values)[:, None]
+        return targets, jnp.broadcast_to(batch.weight[:, None], targets.shape)
+    targets = batch.prefix_reward + batch.prefix_discount * next_values.reshape(batch.prefix_reward.shape)
+    return targets, batch.weight[:, None] * batch.prefix_mask
+
+
+def weighted_mean(losses: Array, weights: Array) -> Array:
+    """Mean of `losses [..., B, P]` by `weights [B, P]`: rows of weight 0 do not count in the divisor either."""
+    weights = jnp.broadcast_to(weights, losses.shape)
+    return (losses * weights).sum() / jnp.maximum(weights.sum(), 1e-8)
