@@ -165,9 +165,9 @@ class CalQL:
         params = state.params | {"cql_multiplier": inverse_softplus(self.config.conservative.initial_multiplier)}
         return state._replace(params=params, moments=self._optimizers.init(params))
 
-    def act(self, state: TrainState, obs: Array, key: Array, *, explore: bool) -> Array:
+    def act(self, state: TrainState, obs: Array, noise: Array, *, explore: bool) -> Array:
         """A sample with `explore`, else tanh of the mean."""
-        return self._act(self.nets.actor, state.params["actor"], obs, key, explore=explore)
+        return self._act(self.nets.actor, state.params["actor"], obs, noise, explore=explore)
 
     def _loss(
         self, trained: dict[str, Params], params: dict[str, Params], batch: ReplayBatch, keys: Array

@@ -168,10 +168,10 @@ def temperature_loss(temperature: Params, entropy: Array, target_entropy: float)
     return temperature_of(temperature) * (jax.lax.stop_gradient(entropy) - target_entropy)
 
 
-def sample_chunk(actor: Network, params: Params, obs: Array, key: Array, explore: bool) -> Array:
-    """obs [N, O] -> chunks [N, H, A]: a sample with `explore`, else tanh of the mean."""
+def sample_chunk(actor: Network, params: Params, obs: Array, noise: Array, explore: bool) -> Array:
+    """obs [N, O], standard normal noise [N, H, A] -> chunks [N, H, A]: a sample with `explore`, else tanh of the mean."""
     mean, std = actor(params, obs)
-    return sample_tanh_gaussian(mean, std, key, 1)[0][0] if explore else jnp.tanh(mean)
+    return jnp.tanh(mean + std * noise) if explore else jnp.tanh(mean)
 
 
 # ------------------------------------------------------------------------------------------------------------- steps
@@ -216,9 +216,9 @@ class SAC:
     def init(self, seed: int) -> TrainState:
         return init_sac(self.spec, self.config, seed)
 
-    def act(self, state: TrainState, obs: Array, key: Array, *, explore: bool) -> Array:
+    def act(self, state: TrainState, obs: Array, noise: Array, *, explore: bool) -> Array:
         """A sample with `explore`, else tanh of the mean."""
-        return self._act(self.nets.actor, state.params["actor"], obs, key, explore=explore)
+        return self._act(self.nets.actor, state.params["actor"], obs, noise, explore=explore)
 
     def _critic_step(self, state: TrainState, batch: ReplayBatch) -> tuple[TrainState, Metrics]:
         state, keys = split_key(state, 1)

@@ -25,8 +25,10 @@ class OffPolicyAgent(Protocol):
         """`batches`: U minibatches, every field [U, B, ...]; U is the update-to-data ratio."""
         ...
 
-    def act(self, state: TrainState, obs: Array, key: Array, *, explore: bool) -> Array:
-        """obs [N, O] -> chunks [N, H, A] in [-1, 1]: a sample with `explore`, else the deployed policy's."""
+    def act(self, state: TrainState, obs: Array, noise: Array, *, explore: bool) -> Array:
+        """obs [N, O] -> chunks [N, H, A] in [-1, 1]: to explore with, or the deployed policy's.
+
+        `noise`, standard normal [N, H, A], is all its randomness, row by row: the caller owns it, as with `Policy`."""
         ...
 
 
