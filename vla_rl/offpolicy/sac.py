@@ -169,7 +169,7 @@ def temperature_loss(temperature: Params, entropy: Array, target_entropy: float)
 
 
 def sample_chunk(actor: Network, params: Params, obs: Array, noise: Array, explore: bool) -> Array:
-    """obs [N, O], standard normal noise [N, H, A] -> chunks [N, H, A]: a sample with `explore`, else tanh of the mean."""
+    """obs [N, O], noise [N, H, A] -> chunks [N, H, A]: a sample with `explore`, else tanh of the mean."""
     mean, std = actor(params, obs)
     return jnp.tanh(mean + std * noise) if explore else jnp.tanh(mean)
 
