@@ -260,6 +260,13 @@ class ReplayBuffer:
         """First row of environment `env`'s running episode."""
         return self.config.capacity + env * self.slot_rows
 
+    def finished_episodes(self, since: int = 0) -> list[tuple[int, int]]:
+        """(first row, rows = steps + 1) of the episodes in the ring with an id of at least `since`, oldest first."""
+        return [(first, count) for first, count in self._episodes if self.rows.episode[first] >= since]
+
+    def instruction(self, row: int) -> str:
+        return self._sentences[self.rows.instruction[row]]
+
     def sentence_id(self, instruction: str) -> int:
         if instruction not in self._sentence_ids:
             self._sentence_ids[instruction] = len(self._sentences)
