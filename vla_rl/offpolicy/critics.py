@@ -11,11 +11,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
 from vla_rl.data.replay import ReplayBatch
-from vla_rl.offpolicy.networks import AgentSpec, EnsembleMLP
+from vla_rl.offpolicy.networks import AgentSpec, EnsembleMLP, Network, Params
+from vla_rl.offpolicy.prefix_critic import PrefixCriticConfig
 from vla_rl.offpolicy.value_heads import ScalarHead, ValueHead
 
 
@@ -58,6 +60,9 @@ class MLPCritic(nnx.Module):
         return self.mlp(jnp.concatenate([obs, flat], axis=-1))[:, :, None]
 
 
+CriticConfig = MLPCriticConfig | PrefixCriticConfig
+
+
 @dataclass(frozen=True)
 class EnsembleReduction:
     """How E values become one: `reduce` over `subset_size` members (None: all), drawn anew at every call.
@@ -87,6 +92,16 @@ class EnsembleReduction:
         return chosen.min(axis=0) if self.reduce == "min" else chosen.mean(axis=0)
 
 
+def candidate_values(
+    critic: Network, head: ValueHead, params: Params, obs: Array | np.ndarray, candidates: Array
+) -> Array:
+    """obs [B, O], candidates [N, B, H, A] -> values [E, N, B, P]."""
+    n, b = candidates.shape[:2]
+    tiled = jnp.broadcast_to(obs, (n, *obs.shape)).reshape(n * b, -1)
+    out = critic(params, tiled, candidates.reshape(n * b, *candidates.shape[2:]))
+    return head.value(out).reshape(out.shape[0], n, b, -1)
+
+
 # ----------------------------------------------------------------------------------------------------------- targets
 def successors(batch: ReplayBatch, num_prefixes: int) -> Array:
     """Observations that targets bootstrap from, [B * P, O]: s_{t+k} of the chunk, or of each of its prefixes."""
@@ -101,6 +116,8 @@ def td_targets(batch: ReplayBatch, next_values: Array, num_prefixes: int) -> tup
     """Targets [B, P] `reward + discount * V(successor)` from `next_values [B * P]`, and their weights [B, P].
 
     Each prefix has its own i-step target: losses are averaged over prefixes, targets never are (arXiv 2503.03660).
+    A prefix that goes past the end of an episode has the target of the steps that were executed. It must be trained
+    too: targets bootstrap from the longest prefix, also at an episode's last steps.
     """
     if num_prefixes == 1:
         targets = (batch.reward + batch.discount * next_values)[:, None]
@@ -109,7 +126,29 @@ def td_targets(batch: ReplayBatch, next_values: Array, num_prefixes: int) -> tup
     return targets, batch.weight[:, None] * batch.prefix_mask
 
 
-def weighted_mean(losses: Array, weights: Array) -> Array:
+def take_prefixes(batch: ReplayBatch, prefixes: Array) -> ReplayBatch:
+    """The batch with the targets of `prefixes` (int [Q], 0 is one step) only, for `successors(batch, Q)` and the rest.
+
+    Q must be at least 2: one prefix means the whole chunk there.
+    """
+    names = ("prefix_reward", "prefix_discount", "prefix_next_obs", "prefix_mask")
+    return batch._replace(**{name: getattr(batch, name)[:, prefixes] for name in names})
+
+
+def weighted_mean(losses: Array, weights: Array | np.ndarray) -> Array:
     """Mean of `losses [..., B, P]` by `weights [B, P]`: rows of weight 0 do not count in the divisor either."""
     weights = jnp.broadcast_to(weights, losses.shape)
     return (losses * weights).sum() / jnp.maximum(weights.sum(), 1e-8)
+
+
+def bootstrap_loss(
+    critic: Network, head: ValueHead, params: Params, batch: ReplayBatch, next_values: Array, num_prefixes: int
+) -> tuple[Array, dict[str, Array]]:
+    """Mean over members, rows and prefixes of the critic's loss against the one target that all members share.
+
+    `next_values` [B * P]: V of `successors(batch, num_prefixes)`; no gradient goes through them.
+    """
+    targets, weights = td_targets(batch, jax.lax.stop_gradient(next_values), num_prefixes)
+    out = critic(params, batch.obs, batch.actions)
+    loss = weighted_mean(head.loss(out, targets), weights)
+    return loss, {"td_loss": loss, "q_data": head.value(out).mean(), "td_target": targets.mean()}
