@@ -52,3 +52,14 @@ def make_update(critic_step: Step, actor_step: Step | None, actor_batch: ActorBa
         return state, metrics | actor_metrics
 
     return jax.jit(update, donate_argnums=0)
+
+
+def make_scan(step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]) -> Any:
+    """A jitted `update(state, inputs)` of one `step` after another over the first axis of `inputs`, any pytree; metrics
+    are means. The old state's memory is reused, as in `make_update`."""
+
+    def update(state: TrainState, inputs: Any) -> tuple[TrainState, Metrics]:
+        state, per_step = jax.lax.scan(step, state, inputs)
+        return state, jax.tree.map(lambda x: x.mean(axis=0), per_step)
+
+    return jax.jit(update, donate_argnums=0)
