@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vla_rl.core import ActionSpec, EnvSpec, Observation
+from vla_rl.data.episodes import StateEpisode
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.protocols import StepOutcome
 
@@ -242,18 +243,6 @@ def make_point_maze(
 
 
 # ------------------------------------------------------------------------------------------------ scripted behaviour
-@dataclass(frozen=True)
-class MazeEpisode:
-    """One episode of T steps. `states`: float32 [T + 1, 4], the last one where it ended. `actions`: float32 [T, 2], as
-    executed. `rewards`: float32 [T]. Exactly one of `terminated` (reached the goal) and `truncated` is True."""
-
-    states: np.ndarray
-    actions: np.ndarray
-    rewards: np.ndarray
-    terminated: bool
-    truncated: bool
-
-
 def waypoint_actions(maze: Maze, position: Tensor, target: Tensor) -> Tensor:
     """Full speed along a shortest way through the cells' centres: float32 [N, 2] in [-1, 1] for `position` and
     `target` [N, 2]. Never runs into a wall."""
@@ -272,7 +261,7 @@ def waypoint_episodes(
     start: str = "broad",
     detour_chance: float | None = None,
     max_episode_steps: int = 60,
-) -> list[MazeEpisode]:
+) -> list[StateEpisode]:
     """Broad behaviour of mixed quality; with the defaults about two in three episodes reach the goal in time.
 
     Each episode has a speed (half to full) and, with `detour_chance` (None: the layout's), one to four random cells to
@@ -309,6 +298,8 @@ def waypoint_episodes(
     all_states, all_actions = torch.stack(states, dim=1).numpy(), torch.stack(actions, dim=1).numpy()
     all_rewards = torch.stack(rewards, dim=1).numpy()
     return [
-        MazeEpisode(all_states[i, : t + 1].copy(), all_actions[i, :t].copy(), all_rewards[i, :t].copy(), done, not done)
+        StateEpisode(
+            all_states[i, : t + 1].copy(), all_actions[i, :t].copy(), all_rewards[i, :t].copy(), done, not done
+        )
         for i, (t, done) in enumerate(zip(length.tolist(), terminated.tolist(), strict=True))
     ]

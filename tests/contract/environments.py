@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import gymnasium as gym
@@ -10,6 +11,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from tests.contract.gym_env import DriftEnv
 from tests.contract.scripted_env import ScriptedEnv
 from vla_rl.envs.gym import GymStepEnv
+from vla_rl.envs.ogbench import make_ogbench
 from vla_rl.envs.point_maze import PointMazeEnv
 from vla_rl.envs.tabletop import TabletopConfig, TabletopEnv
 from vla_rl.envs.two_way_reach import TwoWayReachEnv
@@ -42,3 +44,9 @@ ENVIRONMENTS: dict[str, Callable[[int], StepEnv]] = {
     "two_way_reach": TwoWayReachEnv,
     "point_maze": lambda n: PointMazeEnv(n, "wall_gap", "far", max_episode_steps=12),
 }
+SLOW: set[str] = set()
+if importlib.util.find_spec("ogbench"):  # an optional dependency
+    SLOW.add("ogbench")  # half a second to make one
+    ENVIRONMENTS["ogbench"] = lambda n: (
+        make_ogbench("cube-single-singletask-task1-v0", n, max_episode_steps=13).step_env
+    )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.contract.environments import ENVIRONMENTS
+from tests.contract.environments import ENVIRONMENTS, SLOW
 from tests.contract.reference import Reference
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.protocols import StepEnv
@@ -16,7 +16,7 @@ K = 5
 CHUNKS = 4
 
 
-@pytest.fixture(params=sorted(ENVIRONMENTS))
+@pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted(ENVIRONMENTS)])
 def make(request: pytest.FixtureRequest) -> Iterator:
     """A factory that closes what it made."""
     made: list[StepEnv] = []
