@@ -106,10 +106,15 @@ def candidate_values(
 def successors(batch: ReplayBatch, num_prefixes: int) -> Array:
     """Observations that targets bootstrap from, [B * P, O]: s_{t+k} of the chunk, or of each of its prefixes."""
     if num_prefixes == 1:
-        return batch.next_obs
-    if batch.prefix_next_obs is None:
+        return jnp.asarray(batch.next_obs)
+    following = _of_prefixes(batch.prefix_next_obs)
+    return following.reshape(-1, following.shape[-1])
+
+
+def _of_prefixes(of_batch: np.ndarray | None) -> Array:
+    if of_batch is None:
         raise ValueError("a prefix critic needs batches that were sampled with prefixes=True")
-    return batch.prefix_next_obs.reshape(-1, batch.prefix_next_obs.shape[-1])
+    return jnp.asarray(of_batch)
 
 
 def td_targets(batch: ReplayBatch, next_values: Array, num_prefixes: int) -> tuple[Array, Array]:
@@ -119,11 +124,12 @@ def td_targets(batch: ReplayBatch, next_values: Array, num_prefixes: int) -> tup
     A prefix that goes past the end of an episode has the target of the steps that were executed. It must be trained
     too: targets bootstrap from the longest prefix, also at an episode's last steps.
     """
+    weight = jnp.asarray(batch.weight)[:, None]
     if num_prefixes == 1:
-        targets = (batch.reward + batch.discount * next_values)[:, None]
-        return targets, jnp.broadcast_to(batch.weight[:, None], targets.shape)
-    targets = batch.prefix_reward + batch.prefix_discount * next_values.reshape(batch.prefix_reward.shape)
-    return targets, batch.weight[:, None] * batch.prefix_mask
+        return (jnp.asarray(batch.reward) + batch.discount * next_values)[:, None], weight
+    reward, discount = _of_prefixes(batch.prefix_reward), _of_prefixes(batch.prefix_discount)
+    targets = reward + discount * next_values.reshape(reward.shape)
+    return targets, weight * _of_prefixes(batch.prefix_mask)
 
 
 def take_prefixes(batch: ReplayBatch, prefixes: Array) -> ReplayBatch:
