@@ -60,7 +60,7 @@ def _adapted(env_class: Any) -> type[gym.Env]:
 def _choose_opengl() -> None:
     """MuJoCo chose its OpenGL when somebody first imported it, and without MUJOCO_GL one that needs a display."""
     backend = os.environ.setdefault("MUJOCO_GL", "egl")
-    gl_context = importlib.import_module("mujoco.rendering.classic.gl_context")
+    gl_context: Any = importlib.import_module("mujoco.rendering.classic.gl_context")
     gl_context.GLContext = importlib.import_module(f"mujoco.{backend}").GLContext
 
 
@@ -74,7 +74,7 @@ def make_ogbench(
     RuntimeError where OGBench is missing, ValueError for a name that is not a manipulation task with its own reward.
     """
     require_ogbench()
-    import ogbench  # noqa: F401 (registers the environments)
+    import ogbench  # pyright: ignore[reportMissingImports]  # noqa: F401 (registers the environments)
 
     family = name.split("-", 1)[0]
     if family not in _FAMILIES or "-singletask" not in name or name not in gym.registry:
@@ -83,7 +83,7 @@ def make_ogbench(
             f"'<cube|scene|puzzle>-<variant>-singletask-task<1..5>-v0' is, e.g. 'cube-double-singletask-task2-v0'"
         )
     spec = copy.deepcopy(gym.spec(name))
-    spec.entry_point = _adapted(load_env_creator(spec.entry_point))
+    spec.entry_point = _adapted(load_env_creator(str(spec.entry_point)))
     spec.disable_env_checker = True
     spec.max_episode_steps = max_episode_steps or spec.max_episode_steps
     vector = SyncVectorEnv([lambda: gym.make(spec)] * num_envs, autoreset_mode=AutoresetMode.DISABLED)

@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -77,7 +78,7 @@ def require_ogbench() -> None:
 @cache
 def _collection_env(name: str) -> Any:
     require_ogbench()
-    from ogbench.manipspace.envs.cube_env import CubeEnv
+    from ogbench.manipspace.envs.cube_env import CubeEnv  # pyright: ignore[reportMissingImports]
 
     kind = name.removeprefix("cube-")
     return CubeEnv(env_type=kind, mode="data_collection", terminate_at_goal=False, visualize_info=False)
@@ -99,7 +100,7 @@ def play_episode(config: PlayConfig, episode: int) -> dict[str, np.ndarray]:
 
 def _play(config: PlayConfig, seed: int, stack_chance: float) -> dict[str, np.ndarray]:
     env = _collection_env(config.env)
-    from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle
+    from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle  # pyright: ignore[reportMissingImports]
 
     oracle = CubePlanOracle(env=env, noise=config.noise, noise_smoothing=config.noise_smoothing)
     env.reset(seed=seed)
@@ -173,7 +174,7 @@ def _made(config: PlayConfig, parts: Path, missing: list[int], num_processes: in
 
 
 def _make_part(config: PlayConfig, parts: Path, episode: int) -> None:
-    arrays = play_episode(config, episode)
+    arrays: dict[str, Any] = play_episode(config, episode)
     _replace(_part(parts, episode), lambda file: np.savez(file, **arrays))
 
 
@@ -186,7 +187,7 @@ def _merge(config: PlayConfig, parts: Path, path: Path) -> np.ndarray:
     for episode in range(config.num_episodes):
         with np.load(_part(parts, episode)) as file:
             episodes.append(dict(file))
-    arrays = {name: np.concatenate([e[name] for e in episodes]) for name in _PER_ROW}
+    arrays: dict[str, Any] = {name: np.concatenate([e[name] for e in episodes]) for name in _PER_ROW}
     segments = np.stack([e["segments"] for e in episodes])
     config_text = np.array(_config_text(config))
     _replace(path, lambda file: np.savez(file, segments=segments, config=config_text, **arrays))
@@ -226,8 +227,8 @@ def singletask_dataset(path: str | Path, name: str) -> dict[str, np.ndarray]:
     """
     require_ogbench()
     import gymnasium
-    import ogbench
-    from ogbench.relabel_utils import relabel_dataset
+    import ogbench  # pyright: ignore[reportMissingImports]
+    from ogbench.relabel_utils import relabel_dataset  # pyright: ignore[reportMissingImports]
 
     with np.load(path) as file:
         made_for = json.loads(str(file["config"]))["env"]
@@ -235,7 +236,9 @@ def singletask_dataset(path: str | Path, name: str) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is play data of {made_for}; {name!r} is not one of its single tasks")
     env = gymnasium.make(name, disable_env_checker=True)
     dataset = ogbench.load_dataset(str(path), add_info=True)
-    relabel_dataset(name, env, dataset)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*precision lowered", category=UserWarning)  # OGBench's own spaces
+        relabel_dataset(name, env, dataset)
     env.close()
     kept = ("observations", "next_observations", "actions", "rewards", "masks", "terminals")
     return {key: dataset[key] for key in kept}

@@ -1,0 +1,76 @@
+"""OGBench's tasks as chunked environments: what the spec says, success and its end, seeds, errors."""
+
+import importlib.util
+
+import pytest
+import torch
+
+if importlib.util.find_spec("ogbench") is None:
+    pytest.skip("OGBench is optional: pip install 'vla-rl[ogbench]'", allow_module_level=True)
+
+from vla_rl.envs.ogbench import make_ogbench
+
+
+@pytest.fixture(scope="module")
+def single():
+    env = make_ogbench("cube-single-singletask-task1-v0", max_episode_steps=20, auto_reset=False)
+    yield env
+    env.close()
+
+
+def actions(seed: int, steps: int) -> torch.Tensor:
+    return 2.0 * torch.rand(1, steps, 5, generator=torch.Generator().manual_seed(seed)) - 1.0
+
+
+def test_spec_and_rewards(single):
+    obs = single.reset([0])
+    assert single.spec.name == "cube-single-singletask-task1-v0"
+    assert obs.state.shape == (1, 28)
+    assert single.spec.action.low == (-1.0,) * 5
+    assert single.spec.action.high == (1.0,) * 5
+    assert single.spec.control_hz == 20.0
+    step = single.step(actions(0, 25))
+    assert step.rewards[0].tolist() == [-1.0] * 20 + [0.0] * 5  # the cube is not at its place; then time is over
+    assert step.truncated.item()
+    assert not step.terminated.item()
+    assert step.end_step.item() == 19
+
+
+def test_seeds_decide_the_episode(single):
+    states = []
+    for seed in (3, 4, 3):
+        single.reset([seed])
+        states.append(single.step(actions(1, 15)).obs.state)
+    assert torch.equal(states[0], states[2])
+    assert not torch.equal(states[0], states[1])
+
+
+def test_the_step_after_success_terminates_with_it(single):
+    """As in OGBench's relabelled data: reward 0 and the end belong to the state in which the task is solved."""
+    single.reset([0])
+    inner = single.step_env._env.envs[0].unwrapped
+    inner.data.joint("object_joint_0").qpos[:3] = inner.cur_task_info["goal_xyzs"][0] + [0.0, 0.0, 0.2]
+    step = single.step(torch.zeros(1, 10, 5))  # it falls to its place
+    rewards = step.rewards[0].tolist()
+    end = int(step.end_step)
+    assert 1 < end < 9
+    assert rewards == [-1.0] * end + [0.0] * (10 - end)
+    assert step.executed[0].tolist() == [True] * (end + 1) + [False] * (9 - end)
+    assert step.terminated.item()
+    assert step.success.item()
+
+
+def test_picture(single):
+    single.reset([0])
+    picture = single.render([0])
+    assert picture.shape == (1, 200, 200, 3)
+    red = (picture[0, ..., 0] > 150) & (picture[0, ..., 1] < 110) & (picture[0, ..., 2] < 130)
+    assert 20 < red.sum() < 2000  # the cube
+
+
+@pytest.mark.parametrize(
+    "name", ["cube-single-v0", "visual-cube-single-singletask-task1-v0", "antmaze-medium-singletask-v0", "cube"]
+)
+def test_other_names_are_refused(name):
+    with pytest.raises(ValueError, match="is not one of OGBench's single tasks"):
+        make_ogbench(name)
