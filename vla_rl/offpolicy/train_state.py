@@ -92,17 +92,22 @@ def from_tensors(stored: Mapping[str, torch.Tensor], like: Any, where: str) -> A
 
 def save_train_state(path: str | Path, state: TrainState) -> None:
     """Write `state` atomically. Raises OSError (a full disk) with the former file untouched."""
-    save_state(path, to_tensors(_with_raw_key(state)))
+    save_state(path, to_tensors(with_raw_key(state)))
 
 
 def load_train_state(path: str | Path, like: TrainState) -> TrainState:
     """What `save_train_state` wrote; `like` is a new state of the same agent. Raises CheckpointError."""
-    raw = from_tensors(load_state(path), _with_raw_key(like), str(path))
-    return raw._replace(key=jax.random.wrap_key_data(raw.key))
+    return wrap_raw_key(from_tensors(load_state(path), with_raw_key(like), str(path)))
 
 
-def _with_raw_key(state: TrainState) -> TrainState:
+def with_raw_key(state: TrainState) -> TrainState:
+    """The generator's key as plain numbers, for files."""
     return state._replace(key=jax.random.key_data(state.key))
+
+
+def wrap_raw_key(state: TrainState) -> TrainState:
+    """Inverse of `with_raw_key`."""
+    return state._replace(key=jax.random.wrap_key_data(state.key))
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""The on-policy training loop: collect, update, log, evaluate, save; until done, or Ctrl-C.
+"""The training loop: iterate, log, evaluate, save; until done, or Ctrl-C. And what an on-policy run consists of.
 
 A run that was killed at any moment and resumed ends, on a CPU, with the same parameters bit for bit as one that was
 not: the simulator's state and every random generator are in the state file.
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -72,6 +72,33 @@ class TrainResult:
     interrupted: bool
     policy_folder: Path
     wall_s: float
+
+
+class Schedule(Protocol):
+    """When a run ends, is evaluated (every so many iterations, 0: never) and saved."""
+
+    @property
+    def num_iterations(self) -> int: ...
+
+    @property
+    def eval_interval(self) -> int: ...
+
+    @property
+    def checkpoint_interval(self) -> int: ...
+
+
+class IterativeTrainer(Protocol):
+    """What `run_iterations` drives."""
+
+    num_iterations: int
+
+    def iterate(self) -> Metrics:
+        """One iteration; counts it."""
+        ...
+
+    def save(self, run_dir: Path) -> None: ...
+
+    def load(self, run_dir: Path) -> None: ...
 
 
 class Trainer:
@@ -146,32 +173,51 @@ def run_training(
     DivergenceError for a loss that is not finite: its batch is then in `run_dir/diverged_batch.safetensors`, and the
     last checkpoint is untouched.
     """
-    run_dir, begin = Path(run_dir), time.monotonic()
     trainer = Trainer(policy, env, config, demos)
+    return run_iterations(
+        trainer, run_dir, config, label="rl", resume=resume, evaluate=evaluate, tensorboard=tensorboard
+    )
+
+
+def run_iterations(
+    trainer: IterativeTrainer,
+    run_dir: str | Path,
+    schedule: Schedule,
+    *,
+    label: str,
+    resume: bool = False,
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    tensorboard: bool = True,
+) -> TrainResult:
+    """Iterate until `schedule.num_iterations`; see `run_training` for the rest. `label` stands in the progress."""
+    run_dir, begin = Path(run_dir), time.monotonic()
     if (run_dir / STATE_FILE).exists():
         if not resume:
             raise FileExistsError(
                 f"{run_dir / STATE_FILE} holds a run already; resume it, or choose another run folder"
             )
         trainer.load(run_dir)
-    first = trainer.num_iterations
-    progress = Progress(max(config.num_iterations, 1), "rl", unit="iterations", initial=first)
+    first, total = trainer.num_iterations, schedule.num_iterations
+    progress = Progress(max(total, 1), label, unit="iterations", initial=first)
     resume_after = first if resume else None
     with StopOnInterrupt() as stop, MetricsLogger(run_dir, resume_after=resume_after, tensorboard=tensorboard) as log:
-        while trainer.num_iterations < config.num_iterations and not stop.requested:
+        while trainer.num_iterations < total and not stop.requested:
             with dumping(run_dir / DIVERGED_FILE, run_dir / STATE_FILE):
                 metrics = trainer.iterate()
             done = trainer.num_iterations
-            if evaluate is not None and _is_due(done, config.eval_interval, config.num_iterations):
+            if evaluate is not None and _is_due(done, schedule.eval_interval, total):
                 metrics |= evaluate()
             log.log(done, metrics)
             progress.update(done, success=metrics.get("rollout/success_rate", float("nan")))
-            if done % config.checkpoint_interval == 0 and done < config.num_iterations:
+            if done % schedule.checkpoint_interval == 0 and done < total:
                 trainer.save(run_dir)
         trainer.save(run_dir)
-    finished = trainer.num_iterations >= config.num_iterations
     return TrainResult(
-        trainer.num_iterations, finished, stop.requested, run_dir / POLICY_FOLDER, time.monotonic() - begin
+        trainer.num_iterations,
+        trainer.num_iterations >= total,
+        stop.requested,
+        run_dir / POLICY_FOLDER,
+        time.monotonic() - begin,
     )
 
 
@@ -179,4 +225,4 @@ def _is_due(done: int, interval: int, total: int) -> bool:
     return interval > 0 and (done % interval == 0 or done == total)
 
 
-__all__ = ["TrainConfig", "TrainResult", "Trainer", "run_training"]
+__all__ = ["TrainConfig", "TrainResult", "Trainer", "run_iterations", "run_training"]

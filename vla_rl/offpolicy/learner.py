@@ -1,0 +1,80 @@
+"""An off-policy agent that learns from replay and acts in environments: normalisation, noise and state in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla_rl.core import Observation
+from vla_rl.data.replay import ReplayBatch, ReplayBuffer
+from vla_rl.offpolicy.networks import ACTION_LIMIT
+from vla_rl.offpolicy.train_state import TrainState, from_tensors, to_tensors, with_raw_key, wrap_raw_key
+from vla_rl.offpolicy.update import Metrics
+from vla_rl.policies.agent import AgentPolicy
+
+
+class AgentLearner:
+    """`policy` is the agent as it would be deployed, with its normalisers; `state` all that learns.
+
+    Replay holds states and actions in the environment's units; what the agent sees is made here, and nowhere else.
+    """
+
+    def __init__(self, policy: AgentPolicy, seed: int) -> None:
+        self.policy, self.agent = policy, policy.agent
+        self.horizon = policy.action_horizon
+        self.needs_prefixes = getattr(self.agent, "num_prefixes", 1) > 1
+        self.state: TrainState = self.agent.init(seed)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._state = (policy.state_normalizer.offset.numpy(), policy.state_normalizer.scale.numpy())
+        self._action = (policy.action_normalizer.offset.numpy(), policy.action_normalizer.scale.numpy())
+        policy.take(self.state)
+
+    def explore(self, obs: Observation) -> Tensor:
+        """Chunks [N, H, A] in the environment's units, with the agent's own exploration."""
+        noise = torch.randn(len(obs), self.horizon, self.policy.action_dim, generator=self._generator)
+        return self.policy.explore(obs, noise)
+
+    def random(self, num_envs: int) -> Tensor:
+        """Uniform chunks [N, H, A] within the bounds."""
+        uniform = torch.rand(num_envs, self.horizon, self.policy.action_dim, generator=self._generator)
+        return self.policy.action_normalizer.unnormalize(2.0 * uniform - 1.0)
+
+    def prepare(self, buffer: ReplayBuffer) -> None:
+        """Nothing: the state is all that the agent sees."""
+
+    def update(self, batches: ReplayBatch) -> Metrics:
+        """One call of the agent's update with minibatches [U, B, ...]. Metrics stay on the device."""
+        self.state, metrics = self.agent.update(self.state, self.normalized(batches))
+        return metrics
+
+    def publish(self) -> None:
+        """Act and evaluate with the parameters as they are now."""
+        self.policy.take(self.state)
+
+    def normalized(self, batch: ReplayBatch) -> ReplayBatch:
+        """What the agent sees of a batch; actions are clipped to the inside of [-1, 1]."""
+        (offset, scale), (action_offset, action_scale) = self._state, self._action
+        prefix_next = batch.prefix_next_obs
+        return batch._replace(
+            obs=(batch.obs - offset) / scale,
+            next_obs=(batch.next_obs - offset) / scale,
+            prefix_next_obs=None if prefix_next is None else (prefix_next - offset) / scale,
+            actions=np.clip((batch.actions - action_offset) / action_scale, -ACTION_LIMIT, ACTION_LIMIT),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "train_state": to_tensors(with_raw_key(self.state)),
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises CheckpointError where the state is of another agent."""
+        raw = from_tensors(state["train_state"], with_raw_key(self.state), "the stored state")
+        self.state = wrap_raw_key(raw)
+        self._generator.set_state(state["generator"])
+        self.publish()

@@ -1,0 +1,366 @@
+"""Off-policy training: from stored episodes (offline), from its own (online), or from the first to the second.
+
+A trainer's iteration is `updates_per_iteration` critic updates offline and `env_steps_per_iteration` control steps
+online; `run_iterations` logs, evaluates and saves after it. Everything that decides the future is in a state file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vla_rl.core import EnvSpec, Observation
+from vla_rl.data.replay import ReplayBatch, ReplayBuffer, ReplayConfig
+from vla_rl.data.replay_mixing import MixedReplay
+from vla_rl.data.replay_writer import EpisodeWriter
+from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.offpolicy.wsrl import CarryOver
+from vla_rl.policies.checkpoints.config_json import config_to_dict
+from vla_rl.policies.checkpoints.native import save_policy
+from vla_rl.train.checkpoint import load_state, require_same_config, save_state
+from vla_rl.train.loop import POLICY_FOLDER, STATE_FILE
+from vla_rl.train.metrics import Metrics
+
+
+class ReplayLearner(Protocol):
+    """What the trainers ask of a learner: an agent of its own (`AgentLearner`), or a torch policy with a critic."""
+
+    horizon: int
+    needs_prefixes: bool
+    policy: nn.Module
+
+    def explore(self, obs: Observation) -> Tensor:
+        """Chunks [N, H, A] in the environment's units."""
+        ...
+
+    def random(self, num_envs: int) -> Tensor: ...
+
+    def prepare(self, buffer: ReplayBuffer) -> None:
+        """Called before sampling from `buffer`: features that are missing."""
+        ...
+
+    def update(self, batches: ReplayBatch) -> Mapping[str, Any]:
+        """Minibatches [U, B, ...]; metrics may still be on a device."""
+        ...
+
+    def publish(self) -> None:
+        """`policy` is from now on what was learned until now."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class OfflineConfig:
+    """`num_updates` of the critic, `updates_per_call` of them before each of the actor."""
+
+    num_updates: int = 20_000
+    batch_size: int = 256
+    updates_per_call: int = 1
+    updates_per_iteration: int = 250
+    eval_interval: int = 0
+    checkpoint_interval: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "num_updates", "batch_size", "updates_per_call", "updates_per_iteration")
+        if self.updates_per_iteration % self.updates_per_call or self.num_updates % self.updates_per_iteration:
+            raise ValueError(
+                f"num_updates {self.num_updates} must be whole iterations of {self.updates_per_iteration} updates, "
+                f"and these whole calls of {self.updates_per_call}"
+            )
+
+    @property
+    def num_iterations(self) -> int:
+        return self.num_updates // self.updates_per_iteration
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """Learning from one's own episodes.
+
+    `execution_horizon` steps of each chunk are executed before the next decision. `warmup_env_steps`: steps of the
+    frozen policy before the first update (WSRL's K), and never fewer than the first update draws rows;
+    `random_env_steps`: the first so many are uniform (RLPD).
+    `utd_ratio`: critic updates a control step, `updates_per_call` of them before each of the actor. `offline_ratio`:
+    share of offline rows in each minibatch, 0 keeps no offline data. `observe_every_step`: every control step is a
+    start to learn from, and pictures are rendered there; else only decisions are. Intervals count iterations of
+    `env_steps_per_iteration`.
+    """
+
+    num_env_steps: int = 50_000
+    num_envs: int = 1
+    execution_horizon: int = 1
+    warmup_env_steps: int = 5_000
+    random_env_steps: int = 0
+    utd_ratio: float = 4.0
+    updates_per_call: int = 4
+    batch_size: int = 256
+    offline_ratio: float = 0.0
+    observe_every_step: bool = True
+    carried: CarryOver = field(default_factory=CarryOver)
+    env_steps_per_iteration: int = 250
+    eval_interval: int = 0
+    checkpoint_interval: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "num_env_steps", "num_envs", "execution_horizon", "updates_per_call", "batch_size")
+        if self.utd_ratio <= 0.0 or not 0.0 <= self.offline_ratio <= 1.0:
+            raise ValueError(
+                f"expected utd_ratio > 0 and offline_ratio in [0, 1], got {self.utd_ratio}, {self.offline_ratio}"
+            )
+        step = self.num_envs * (1 if self.observe_every_step else self.execution_horizon)
+        if self.env_steps_per_iteration % step or self.num_env_steps % self.env_steps_per_iteration:
+            raise ValueError(
+                f"num_env_steps {self.num_env_steps} must be whole iterations of {self.env_steps_per_iteration} "
+                f"control steps, and these whole rounds of {step} (num_envs times the steps of a round)"
+            )
+
+    @property
+    def num_iterations(self) -> int:
+        return self.num_env_steps // self.env_steps_per_iteration
+
+
+def _at_least_one(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{type(config).__name__}.{name} is {getattr(config, name)}, expected at least 1")
+
+
+def online_buffer(config: ReplayConfig, spec: EnvSpec, num_envs: int, feature_dim: int = 0) -> ReplayBuffer:
+    """An empty buffer for the episodes of `num_envs` environments of `spec`, in memory."""
+    limit = spec.max_episode_steps
+    if limit is None:
+        raise ValueError(f"{spec.name} has no time limit; replay needs max_episode_steps to make room for an episode")
+    return ReplayBuffer(
+        config,
+        state_dim=spec.state_dim,
+        action_dim=spec.action.dim,
+        cameras={name: (camera.height, camera.width) for name, camera in spec.cameras.items()},
+        feature_dim=feature_dim,
+        num_envs=num_envs,
+        max_episode_steps=limit,
+    )
+
+
+class OfflineTrainer:
+    """Updates of a learner from a buffer that does not change."""
+
+    def __init__(self, learner: ReplayLearner, buffer: ReplayBuffer, config: OfflineConfig, spec: EnvSpec) -> None:
+        self.learner, self.config, self.spec = learner, config, spec
+        self._buffer = buffer
+        self._rng = np.random.default_rng(config.seed)
+        self.num_iterations = 0
+        learner.prepare(buffer)
+
+    def iterate(self) -> Metrics:
+        """`updates_per_iteration` critic updates; metrics are those of the last call."""
+        config, metrics = self.config, {}
+        for _ in range(config.updates_per_iteration // config.updates_per_call):
+            batches = self._buffer.sample(
+                config.batch_size,
+                self._rng,
+                horizon=self.learner.horizon,
+                prefixes=self.learner.needs_prefixes,
+                num_minibatches=config.updates_per_call,
+            )
+            metrics = self.learner.update(batches)
+        self.learner.publish()
+        self.num_iterations += 1
+        return _numbers("update", metrics) | {
+            "update/num_updates": float(self.num_iterations * config.updates_per_iteration)
+        }
+
+    def save(self, run_dir: Path) -> None:
+        """The policy for whoever uses it, then the state to go on from."""
+        _save(self, run_dir, {})
+
+    def load(self, run_dir: Path) -> None:
+        """Go on from `run_dir`. Raises CheckpointError where the stored run has another configuration."""
+        _load(self, run_dir)
+
+
+class OnlineTrainer:
+    """A learner that acts in `env` (with auto-reset) and learns from what it stored in `buffer`.
+
+    `offline`: data to mix in, where `offline_ratio` is above 0. `env_seeds`: one an environment.
+    """
+
+    def __init__(
+        self,
+        learner: ReplayLearner,
+        env: ChunkedEnv,
+        buffer: ReplayBuffer,
+        config: OnlineConfig,
+        offline: ReplayBuffer | None = None,
+    ) -> None:
+        if not 1 <= config.execution_horizon <= learner.horizon:
+            raise ValueError(
+                f"execution_horizon is {config.execution_horizon}, the policy predicts {learner.horizon} steps"
+            )
+        if not config.observe_every_step and config.execution_horizon != learner.horizon:
+            raise ValueError(
+                "where only decisions are observed the critic's chunk must be the executed one: set execution_horizon "
+                f"to {learner.horizon}, or observe_every_step"
+            )
+        if (offline is not None) != (config.offline_ratio > 0.0):
+            raise ValueError(
+                f"offline_ratio is {config.offline_ratio}: give offline data where it is above 0, only then"
+            )
+        self.learner, self.config, self.spec = learner, config, env.spec
+        self._env, self._buffer, self._offline = env, buffer, offline
+        self._replay = buffer if offline is None else MixedReplay(buffer, offline, config.offline_ratio)
+        self._writer = EpisodeWriter(buffer, env.spec.action)
+        self._rng = np.random.default_rng(config.seed)
+        self._obs: Observation | None = None
+        self._plan = torch.zeros(env.num_envs, learner.horizon, env.spec.action.dim)
+        self._phase = torch.full((env.num_envs,), learner.horizon)  # executed steps of the plan; all: decide anew
+        self._episodes: list[tuple[bool, float, int]] = []  # success, return, length of those of this iteration
+        self._update_credit = 0.0
+        self.num_env_steps = self.num_iterations = 0
+        if offline is not None:
+            learner.prepare(offline)
+
+    def iterate(self) -> Metrics:
+        """`env_steps_per_iteration` control steps, with the updates that belong to them."""
+        self._episodes = []
+        metrics: Mapping[str, Any] = {}
+        goal = (self.num_iterations + 1) * self.config.env_steps_per_iteration
+        while self.num_env_steps < goal:
+            before = self.num_env_steps
+            self._act()
+            metrics = self._learn(self.num_env_steps - before) or metrics
+        self.learner.publish()
+        self.num_iterations += 1
+        return self._rollout_metrics() | _numbers("update", metrics)
+
+    def _act(self) -> None:
+        """One round: a control step (or a chunk) of every environment."""
+        config = self.config
+        if self._obs is None:
+            self._obs = self._env.reset([config.seed * 10**6 + i for i in range(self._env.num_envs)])
+        decides = self._phase >= config.execution_horizon
+        if bool(decides.any()):
+            is_random = self.num_env_steps < config.random_env_steps
+            chunks = self.learner.random(len(decides)) if is_random else self.learner.explore(self._obs)
+            self._plan = torch.where(decides[:, None, None], chunks, self._plan)
+            self._phase = torch.where(decides, 0, self._phase)
+        k = 1 if config.observe_every_step else config.execution_horizon
+        steps = self._phase[:, None] + torch.arange(k)
+        actions = self._plan[torch.arange(len(steps))[:, None], steps]
+        step = self._env.step(actions)
+        moved = self._writer.add(self._obs, actions, step)
+        self._obs = step.obs
+        self._phase = torch.where(step.ended, self.learner.horizon, self._phase + k)
+        self.num_env_steps += len(steps) * k  # an episode's end inside a chunk costs the rest of the chunk
+        self._episodes += self._buffer.last_episodes(len(moved))
+
+    def _learn(self, new_env_steps: int) -> Mapping[str, Any] | None:
+        """The updates that `new_env_steps` pay for; none during the warm-up, which pays for none later either."""
+        config = self.config
+        minibatches = config.batch_size * config.updates_per_call * (1.0 - config.offline_ratio)
+        if self.num_env_steps <= max(config.warmup_env_steps, minibatches):
+            return None
+        self._update_credit += new_env_steps * config.utd_ratio / config.updates_per_call
+        metrics = None
+        while self._update_credit >= 1.0:
+            self.learner.prepare(self._buffer)
+            batches = self._replay.sample(
+                config.batch_size,
+                self._rng,
+                horizon=self.learner.horizon,
+                prefixes=self.learner.needs_prefixes,
+                num_minibatches=config.updates_per_call,
+            )
+            metrics = self.learner.update(batches)
+            self._update_credit -= 1.0
+        if metrics is not None:
+            self.learner.publish()
+        return metrics
+
+    def _rollout_metrics(self) -> Metrics:
+        metrics = {"rollout/env_steps": float(self.num_env_steps), "rollout/stored_steps": float(len(self._buffer))}
+        if self._episodes:
+            success, returns, lengths = (np.mean(column) for column in zip(*self._episodes, strict=True))
+            metrics |= {
+                "rollout/success_rate": float(success),
+                "rollout/return": float(returns),
+                "rollout/episode_length": float(lengths),
+                "rollout/num_episodes": float(len(self._episodes)),
+            }
+        return metrics
+
+    def save(self, run_dir: Path) -> None:
+        """The policy for whoever uses it, then the state to go on from, replay included."""
+        _save(
+            self,
+            run_dir,
+            {
+                "env": self._env.state_dict(),
+                "buffer": self._buffer.state_dict(),
+                "obs": None if self._obs is None else _plain(self._obs),
+                "plan": self._plan,
+                "phase": self._phase,
+                "update_credit": self._update_credit,
+                "num_env_steps": self.num_env_steps,
+            },
+        )
+
+    def load(self, run_dir: Path) -> None:
+        """Go on from `run_dir`. Raises CheckpointError where the stored run has another configuration."""
+        state = _load(self, run_dir)
+        self._env.load_state_dict(state["env"])
+        self._buffer.load_state_dict(state["buffer"])
+        obs = state["obs"]
+        self._obs = None if obs is None else Observation(obs["images"], obs["state"], tuple(obs["instruction"]))
+        self._plan, self._phase = state["plan"], state["phase"]
+        self._update_credit, self.num_env_steps = state["update_credit"], state["num_env_steps"]
+
+
+# -------------------------------------------------------------------------------------------------------------- state
+def _save(trainer: OfflineTrainer | OnlineTrainer, run_dir: Path, more: Mapping[str, Any]) -> None:
+    metadata = {"iterations": trainer.num_iterations}
+    save_policy(trainer.learner.policy, run_dir / POLICY_FOLDER, spec=trainer.spec, metadata=metadata)
+    state = {
+        "config": config_to_dict(trainer.config),
+        "num_iterations": trainer.num_iterations,
+        "learner": trainer.learner.state_dict(),
+        "rng": trainer._rng.bit_generator.state,
+    }
+    save_state(run_dir / STATE_FILE, state | dict(more))
+
+
+def _load(trainer: OfflineTrainer | OnlineTrainer, run_dir: Path) -> dict[str, Any]:
+    path = run_dir / STATE_FILE
+    state = load_state(path)
+    may_change = ("num_updates", "num_env_steps", "eval_interval", "checkpoint_interval")
+    require_same_config(state["config"], trainer.config, may_change, path)
+    trainer.learner.load_state_dict(state["learner"])
+    trainer._rng.bit_generator.state = state["rng"]
+    trainer.num_iterations = int(state["num_iterations"])
+    return state
+
+
+def _plain(obs: Observation) -> dict[str, Any]:
+    return {"images": dict(obs.images), "state": obs.state, "instruction": list(obs.instruction)}
+
+
+def _numbers(group: str, metrics: Mapping[str, Any]) -> Metrics:
+    """Metrics as numbers under a group's name. Raises FloatingPointError for one that is not finite."""
+    values = {name: float(value) for name, value in metrics.items()}
+    bad = [name for name, value in values.items() if not np.isfinite(value)]
+    if bad:
+        raise FloatingPointError(
+            f"{', '.join(bad)} is not finite: lower the learning rate or the reward's scale, and resume from the last "
+            "checkpoint"
+        )
+    return {f"{group}/{name}": value for name, value in values.items()}
