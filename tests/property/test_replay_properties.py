@@ -17,7 +17,7 @@ episode_lists = st.lists(st.tuples(st.integers(1, 12), ends), min_size=1, max_si
 def build(lengths_and_ends, capacity, gamma=0.9, **config):
     rng = np.random.default_rng(0)
     buffer = ReplayBuffer(ReplayConfig(capacity, gamma, **config), state_dim=2, action_dim=2)
-    episodes = [record(i, length, *end, rng) for i, (length, end) in enumerate(lengths_and_ends)]
+    episodes = [record(i, length, end[0], end[1], rng) for i, (length, end) in enumerate(lengths_and_ends)]
     for episode in episodes:
         store(buffer, episode)
     return buffer, episodes
@@ -31,6 +31,7 @@ def test_samples_never_cross_an_episode_or_the_seam_and_every_stored_step_is_a_s
     buffer, recorded = build(episodes, capacity, gamma, reward_scale=2.0, reward_bias=-0.5)
     starts = buffer.starts(horizon)
     batch = buffer.batch(starts, horizon, prefixes=True)
+    prefix = batch._asdict()
     kept = sorted({int(e) for e in batch.obs[:, 0]})
     assert kept == list(range(len(recorded) - len(kept), len(recorded)))  # the newest, without a gap
     found = sorted((int(e), int(t)) for e, t in batch.obs)
@@ -41,9 +42,9 @@ def test_samples_never_cross_an_episode_or_the_seam_and_every_stored_step_is_a_s
         k = min(horizon, len(episode) - t)
         for i in range(horizon):
             shorter = reference(episode, recorded[-1], t, min(i + 1, k), buffer.config)
-            got = batch.prefix_reward[row, i], batch.prefix_discount[row, i]
+            got = prefix["prefix_reward"][row, i], prefix["prefix_discount"][row, i]
             assert np.allclose(got, (shorter["reward"], shorter["discount"]), atol=1e-5)
-            assert batch.prefix_next_obs[row, i].tolist() == shorter["next_obs"].tolist()
+            assert prefix["prefix_next_obs"][row, i].tolist() == shorter["next_obs"].tolist()
 
 
 @QUICK

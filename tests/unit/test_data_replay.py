@@ -76,16 +76,16 @@ def test_a_buffer_with_the_mistake_would_be_found_out(mistake):
 def test_prefix_targets_are_the_targets_of_shorter_chunks(horizon):
     buffer, episodes = filled()
     for batch, row, episode, following, t in all_samples(buffer, episodes, horizon):
-        k = min(horizon, len(episode) - t)
+        k, prefix = min(horizon, len(episode) - t), batch._asdict()
         for i in range(1, horizon + 1):
             wanted = reference(episode, following, t, min(i, k), CONFIG)  # past the end they equal those of k
-            assert batch.prefix_reward[row, i - 1] == pytest.approx(wanted["reward"], abs=1e-4)
-            assert batch.prefix_discount[row, i - 1] == pytest.approx(wanted["discount"], abs=1e-6)
-            assert batch.prefix_next_obs[row, i - 1].tolist() == wanted["next_obs"].tolist()
-        assert batch.prefix_next_rows[row].tolist() == [batch.rows[row] + min(i, k) for i in range(1, horizon + 1)]
-    assert batch.prefix_mask.all()
-    assert np.array_equal(batch.prefix_reward[:, -1], batch.reward)
-    assert np.array_equal(batch.prefix_discount[:, -1], batch.discount)
+            assert prefix["prefix_reward"][row, i - 1] == pytest.approx(wanted["reward"], abs=1e-4)
+            assert prefix["prefix_discount"][row, i - 1] == pytest.approx(wanted["discount"], abs=1e-6)
+            assert prefix["prefix_next_obs"][row, i - 1].tolist() == wanted["next_obs"].tolist()
+        assert prefix["prefix_next_rows"][row].tolist() == [batch.rows[row] + min(i, k) for i in range(1, horizon + 1)]
+    assert prefix["prefix_mask"].all()
+    assert np.array_equal(prefix["prefix_reward"][:, -1], batch.reward)
+    assert np.array_equal(prefix["prefix_discount"][:, -1], batch.discount)
 
 
 def test_a_partial_chunk_discounted_for_the_whole_horizon_errs_by_three_units():
@@ -572,7 +572,7 @@ def test_stated_memory_is_what_is_used(tmp_path):
 
     buffer, used = measured(ReplayConfig(5000, 0.9))
     pictures = 5000 * 3 * (32 * 32 + 16 * 16)
-    row = 4 * (94 + 7 + 7 + 1 + 1) + 3 + 1 + 8 + 4 + 4 + 2 + 8
+    row = 4 * (94 + 7 + 7 + 1 + 1) + 3 + 1 + 8 + 4 + 4 + 2 + 8 + 1
     assert buffer.nbytes == 5000 * row + pictures  # float32 and uint8 throughout
     assert used == pytest.approx(buffer.nbytes, rel=0.01)
     buffer, used = measured(ReplayConfig(5000, 0.9, memory_map=str(tmp_path)))

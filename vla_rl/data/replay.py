@@ -163,6 +163,7 @@ class ReplayBuffer:
         self._sentence_ids: dict[str, int] = {}
         self._episodes: deque[tuple[int, int]] = deque()  # (first row, rows), oldest first
         self._write = self._used = 0
+        self._is_step = np.zeros(config.capacity, np.bool_)  # of a finished episode: all its rows but the last
         self._ring_cache: dict[int, _Starts] = {}
         self._running_cache: dict[int, _Starts] = {}
 
@@ -176,10 +177,20 @@ class ReplayBuffer:
         """Finished episodes in the ring."""
         return len(self._episodes)
 
+    def last_episodes(self, num: int) -> list[tuple[bool, float, int]]:
+        """Success, undiscounted raw return and length of the `num` episodes that came in last."""
+        spans = [self._episodes[-1 - i] for i in range(min(num, len(self._episodes)))]
+        rows = self.rows
+        return [
+            (bool(rows.success[first]), float(rows.reward[first : first + count].sum()), count - 1)
+            for first, count in reversed(spans)
+        ]
+
     @property
     def nbytes(self) -> int:
         """Memory of the rows, all of it from the beginning on. Start lists add at most 8 bytes a row and horizon."""
-        return sum(a.nbytes for a in self.rows.columns().values() if not isinstance(a, np.memmap))
+        arrays = [self._is_step, *self.rows.columns().values()]
+        return sum(a.nbytes for a in arrays if not isinstance(a, np.memmap))
 
     @property
     def mapped_nbytes(self) -> int:
@@ -301,7 +312,9 @@ class ReplayBuffer:
         return first
 
     def _drop_oldest(self) -> None:
-        self.rows.free(*self._episodes.popleft())
+        first, count = self._episodes.popleft()
+        self.rows.free(first, count)
+        self._is_step[first : first + count] = False
 
     def _seal(self, first: int, t: int, returns: np.ndarray, success: bool) -> None:
         rows, whole = self.rows, slice(first, first + t + 1)
@@ -309,6 +322,7 @@ class ReplayBuffer:
         rows.episode[whole] = self.num_episodes_added
         rows.success[whole] = success
         rows.mc_return[first : first + t], rows.mc_return[first + t] = returns, -np.inf
+        self._is_step[first : first + t] = True
         self._episodes.append((first, t + 1))
         self.num_episodes_added += 1
         self._ring_cache.clear()
@@ -425,9 +439,9 @@ class ReplayBuffer:
     def _ring_starts(self, horizon: int) -> _Starts:
         if horizon not in self._ring_cache:
             r = self.rows
-            rows = np.flatnonzero(r.observed[: self._used])
-            rows = rows[r.end[rows] > rows]
-            rows = rows[r.observed[np.minimum(rows + horizon, r.end[rows])]]
+            rows = np.flatnonzero(r.observed[: self.config.capacity] & self._is_step)
+            if len(rows) < np.count_nonzero(self._is_step):  # then a successor may be missing too
+                rows = rows[r.observed[np.minimum(rows + horizon, r.end[rows])]]
             self._ring_cache[horizon] = self._weighted(rows, horizon)
         return self._ring_cache[horizon]
 
@@ -517,6 +531,7 @@ class ReplayBuffer:
         self.running_steps[:] = state["running_steps"].numpy()
         self._episodes = deque((first, count) for first, count in state["episodes"])
         self._write, self._used = state["write"], fresh
+        self._is_step[:] = self.rows.end[:capacity] > np.arange(capacity)
         self.num_episodes_added = state["num_episodes_added"]
         self._sentences = list(state["sentences"])
         self._sentence_ids = {sentence: i for i, sentence in enumerate(self._sentences)}

@@ -89,9 +89,6 @@ class ReplayRows:
         self.episode[rows] = -1
         self.end[rows] = np.arange(first, first + count)
 
-    def mapped(self) -> bool:
-        return any(isinstance(pictures, np.memmap) for pictures in self.images.values())
-
 
 def _pictures(shape: tuple[int, ...], memory_map: str | None, camera: str) -> np.ndarray:
     if memory_map is None:
