@@ -115,8 +115,8 @@ def our_sides(sizes: Sizes, seconds: float) -> dict[str, Callable[[], float]]:
 
 def main(config: ReplaySampleBenchmarkConfig) -> None:
     torch.set_num_threads(1)
-    machine = hardware()
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # peers inherit it: all sides on one and the same core
+    machine, cores = hardware(), os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # peers inherit it: all sides on one and the same core
     sides = our_sides(config.sizes, config.seconds)
     peers: dict[str, PeerGroup] = {}
     skipped = {}
@@ -134,6 +134,7 @@ def main(config: ReplaySampleBenchmarkConfig) -> None:
     finally:
         for group in peers.values():
             group.close()
+        os.sched_setaffinity(0, cores)
     ratios = {name: round(median_ratio(values["ours"], v), 2) for name, v in values.items() if name != "ours"}
     if "torchrl_slices" in values:
         same = round(median_ratio(values["ours_all_pictures"], values["torchrl_slices"]), 2)
