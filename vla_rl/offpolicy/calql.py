@@ -18,7 +18,7 @@ from jax import Array
 
 from vla_rl.data.replay import ReplayBatch
 from vla_rl.offpolicy.critics import EnsembleReduction, weighted_mean
-from vla_rl.offpolicy.networks import AgentSpec, Params, sample_tanh_gaussian
+from vla_rl.offpolicy.networks import AgentSpec, Params, tanh_gaussian
 from vla_rl.offpolicy.sac import (
     ActorCritic,
     SACConfig,
@@ -43,8 +43,9 @@ class ConservativeConfig:
     data's chunk among the samples), "expectation" (mean over the policy's chunks only, CO-RFT's equation 8). The
     importance form is for single steps: a uniform chunk has density 0.5^(H * A), which drowns all else above ~20.
     `calibrate`: Cal-QL; off it is CQL. `bound_random_actions`: apply the bound to random chunks too, as ConRFT does.
-    `lagrange_gap`: alpha times a multiplier that is raised while the gap is larger; None keeps alpha fixed.
-    `reduction`: members that the term counts in; WSRL draws two of ten with replacement. None: all, each by itself.
+    `lagrange_gap`: alpha times a multiplier that is raised while the gap is larger; None keeps alpha fixed. WSRL's
+    antmaze has alpha=1, gap 0.8 and a multiplier from 1; the authors' code of the same setting alpha=5 and one from e.
+    `members`: draws those that the term counts in, each by itself (never reduced); None: all.
     """
 
     alpha: float = 5.0
@@ -60,14 +61,22 @@ class ConservativeConfig:
     def __post_init__(self) -> None:
         if self.alpha < 0.0 or self.num_actions < 1 or self.initial_multiplier <= 0.0:
             raise ValueError(f"ConservativeConfig needs alpha >= 0, num_actions >= 1, initial_multiplier > 0: {self}")
+        if self.bound_random_actions and (not self.calibrate or self.form == "expectation"):
+            raise ValueError(
+                "bound_random_actions bounds random chunks by the calibration: it needs calibrate=True and a form that "
+                f"has random chunks, got calibrate={self.calibrate}, form={self.form!r}"
+            )
 
 
 @dataclass(frozen=True)
 class CalQLConfig:
-    """`sac`: everything but the conservative term."""
+    """`sac`: everything but the conservative term. Defaults are WSRL's pre-training: ten critics, two drawn for the
+    target, which takes the best of ten chunks, and two drawn anew for the conservative term."""
 
-    sac: SACConfig = field(default_factory=SACConfig)
-    conservative: ConservativeConfig = field(default_factory=ConservativeConfig)
+    sac: SACConfig = field(default_factory=lambda: SACConfig(num_target_actions=10))
+    conservative: ConservativeConfig = field(
+        default_factory=lambda: ConservativeConfig(members=EnsembleReduction("min", 2, True))
+    )
 
 
 def conservative_gap(
@@ -100,39 +109,54 @@ def conservative_gap(
 
 
 def conservative_loss(
+    nets: ActorCritic, config: CalQLConfig, critic: Params, params: dict[str, Params], batch: ReplayBatch, key: Array
+) -> tuple[Array, Metrics]:
+    """`conservative_loss_of` uniform chunks and chunks drawn from the policy."""
+    random_key, noise_key, member_key = jax.random.split(key, 3)
+    shape, expectation = batch.actions.shape, config.conservative.form == "expectation"
+    num_random = 0 if expectation else config.conservative.num_actions
+    random = jax.random.uniform(random_key, (num_random, *shape), minval=-1.0, maxval=1.0)
+    noise = jax.random.normal(noise_key, (1 if expectation else 2, config.conservative.num_actions, *shape))
+    return conservative_loss_of(nets, config, critic, params, batch, random, noise, member_key)
+
+
+def conservative_loss_of(
     nets: ActorCritic,
     config: CalQLConfig,
     critic: Params,
     params: dict[str, Params],
     batch: ReplayBatch,
-    key: Array,
+    random: Array,
+    noise: Array,
+    member_key: Array,
 ) -> tuple[Array, Metrics]:
-    """Mean gap: chunks of the policy at s and at s', and uniform ones, all valued at s."""
-    keys = jax.random.split(key, 4)
-    m, (b, h, a) = config.conservative.num_actions, batch.actions.shape
-    chunks, log_probs = [], []
-    for sample_key, obs in ((keys[0], batch.obs), (keys[1], batch.next_obs)):
-        mean, std = nets.actor(params["actor"], obs)
-        actions, log_prob = sample_tanh_gaussian(mean, std, sample_key, m)
+    """Mean gap of the chunks `random` [N, B, H, A] and of the policy's that `noise` [1 or 2, M, B, H, A] makes: at s,
+    and with 2 also at s'. All are valued at s."""
+    chunks, log_probs = [random], []
+    for noise_there, obs in zip(noise, (batch.obs, batch.next_obs), strict=False):
+        actions, log_prob = tanh_gaussian(*nets.actor(params["actor"], obs), noise_there)
         chunks.append(actions)
         log_probs.append(log_prob)
-    random = jax.random.uniform(keys[2], (m, b, h, a), minval=-1.0, maxval=1.0)
-    values = chunk_values(nets, config.sac, critic, batch.obs, jnp.concatenate([random, *chunks]))
+    values = chunk_values(nets, config.sac, critic, batch.obs, jnp.concatenate(chunks))
     q_data = config.sac.critic.head.value(nets.critic(critic, batch.obs, batch.actions))
     if config.conservative.members is not None:
-        members = config.conservative.members.members(keys[3], values.shape[0])
+        members = config.conservative.members.members(member_key, values.shape[0])
         values, q_data = (values, q_data) if members is None else (values[members], q_data[members])
+    q_random, q_policy = values[:, : len(random)], values[:, len(random) :]
     gap, bounded = conservative_gap(
         config.conservative,
         q_data,
-        values[:, :m],
-        values[:, m:],
+        q_random,
+        q_policy,
         batch.mc_return,
         jnp.concatenate(log_probs),
         nets.spec.chunk_dim,
     )
-    loss = weighted_mean(gap, batch.weight[:, None])
-    return loss, {"conservative_gap": loss, "calibrated_share": bounded, "q_random": values[:, :m].mean()}
+    weights = batch.weight[:, None]
+    if nets.num_prefixes > 1:
+        weights = weights * batch.prefix_mask  # what TD does not teach is not pushed either
+    loss = weighted_mean(gap, weights)
+    return loss, {"conservative_gap": loss, "calibrated_share": bounded, "q_policy_data": q_policy.mean()}
 
 
 def calql_optimizers(config: CalQLConfig) -> Optimizers:
@@ -152,6 +176,7 @@ class CalQL:
     def __init__(self, spec: AgentSpec, config: CalQLConfig) -> None:
         self.spec, self.config = spec, config
         self.nets = ActorCritic.build(spec, config.sac)
+        self.num_prefixes = self.nets.num_prefixes
         self._optimizers = calql_optimizers(config)
         self.update = make_update(
             self._critic_step, lambda s, b: sac_actor_step(self.nets, config.sac, s, b), config.sac.actor_batch

@@ -200,12 +200,25 @@ class DeterministicActor(nnx.Module):
 
 def sample_tanh_gaussian(mean: Array, std: Array, key: Array, num_samples: int) -> tuple[Array, Array]:
     """Chunks [M, B, H, A] and their log-densities [M, B], for M = `num_samples`."""
-    before = mean + std * jax.random.normal(key, (num_samples, *mean.shape))
+    return tanh_gaussian(mean, std, jax.random.normal(key, (num_samples, *mean.shape)))
+
+
+def tanh_gaussian(mean: Array, std: Array, noise: Array) -> tuple[Array, Array]:
+    """Chunks and log-densities that standard normal `noise` [M, B, H, A] makes."""
+    before = mean + std * noise
     return jnp.tanh(before), tanh_gaussian_log_prob(before, mean, std)
 
 
-def tanh_gaussian_log_prob(before: Array, mean: Array, std: Array) -> Array:
-    """log-density of tanh(`before`), summed over [H, A]. log(1 - tanh^2 u) is written so that it cannot overflow."""
-    gaussian = -0.5 * jnp.square((before - mean) / std) - jnp.log(std) - 0.5 * math.log(2.0 * math.pi)
+def tanh_gaussian_log_prob(before: Array, mean: Array, std: Array, mask: Array | None = None) -> Array:
+    """log-density of tanh(`before`), summed over [H, A]. log(1 - tanh^2 u) is written so that it cannot overflow.
+
+    `mask` bool [B, H]: the steps that count.
+    """
     squash = 2.0 * (math.log(2.0) - before - jax.nn.softplus(-2.0 * before))
-    return (gaussian - squash).sum(axis=(-2, -1))
+    steps = (gaussian_log_density(before, mean, std) - squash).sum(axis=-1)
+    return steps.sum(axis=-1, where=mask)
+
+
+def gaussian_log_density(x: Array, mean: Array, std: Array) -> Array:
+    """log-density of each element of `x`."""
+    return -0.5 * jnp.square((x - mean) / std) - jnp.log(std) - 0.5 * math.log(2.0 * math.pi)

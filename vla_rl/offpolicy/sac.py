@@ -18,18 +18,23 @@ from vla_rl.data.replay import ReplayBatch
 from vla_rl.offpolicy.critics import (
     EnsembleReduction,
     MLPCriticConfig,
+    bootstrap_loss,
+    candidate_values,
     successors,
-    td_targets,
     weighted_mean,
 )
 from vla_rl.offpolicy.networks import (
+    ACTION_LIMIT,
     ActorNetConfig,
     AgentSpec,
     Network,
     Params,
     TanhGaussianActor,
     sample_tanh_gaussian,
+    tanh_gaussian,
+    tanh_gaussian_log_prob,
 )
+from vla_rl.offpolicy.prefix_critic import PrefixCriticConfig
 from vla_rl.offpolicy.train_state import Optimizers, TrainState, polyak, split_key
 from vla_rl.offpolicy.update import ActorBatch, Metrics, make_update
 
@@ -41,10 +46,14 @@ class SACConfig:
     `target_entropy_per_dim` c: the target entropy is `-c * H * A`. `backup_entropy`: the target has the entropy term.
     `num_target_actions` above 1: the target takes the best of so many (after the ensemble's reduction).
     `entropy_on_next_obs`: the temperature's loss reads the entropy there, as WSRL's code does.
+    `bc_weight`: of the log-likelihood of the data's chunks in the actor's loss, executed steps only (QC-RLPD).
+
+    WSRL's code steps Adam with zero gradients for parts that are not updated, which at a UTD of 4 makes the actor's
+    rate 2.2 to 2.4 times the nominal one (the critic's 1.1). Here a part that is not updated keeps still.
     """
 
     actor: ActorNetConfig = field(default_factory=ActorNetConfig)
-    critic: MLPCriticConfig = field(default_factory=MLPCriticConfig)
+    critic: MLPCriticConfig | PrefixCriticConfig = field(default_factory=MLPCriticConfig)
     actor_learning_rate: float = 1e-4
     critic_learning_rate: float = 3e-4
     temperature_learning_rate: float = 1e-4
@@ -56,6 +65,7 @@ class SACConfig:
     initial_temperature: float = 1.0
     target_entropy_per_dim: float = 1.0
     entropy_on_next_obs: bool = True
+    bc_weight: float = 0.0
     actor_batch: ActorBatch = "all"
 
     def __post_init__(self) -> None:
@@ -64,6 +74,8 @@ class SACConfig:
                 "SACConfig needs 0 < tau <= 1, num_target_actions >= 1 and initial_temperature > 0, got "
                 f"{self.tau}, {self.num_target_actions}, {self.initial_temperature}"
             )
+        if self.bc_weight < 0.0:
+            raise ValueError(f"SACConfig.bc_weight must not be negative, got {self.bc_weight}")
 
 
 class ActorCritic(NamedTuple):
@@ -73,6 +85,11 @@ class ActorCritic(NamedTuple):
     actor: Network
     critic: Network
     num_prefixes: int
+
+    @property
+    def chunk_shape(self) -> tuple[int, int]:
+        """(H, A)."""
+        return self.spec.action_horizon, self.spec.action_dim
 
     @staticmethod
     def build(spec: AgentSpec, config: SACConfig, seed: int = 0) -> ActorCritic:
@@ -119,17 +136,26 @@ def sac_optimizers(config: SACConfig) -> Optimizers:
 # ------------------------------------------------------------------------------------------------------- pure losses
 def chunk_values(nets: ActorCritic, config: SACConfig, critic: Params, obs: Array, actions: Array) -> Array:
     """obs [B, O], actions [M, B, H, A] -> values [E, M, B, P]."""
-    m, b = actions.shape[:2]
-    tiled = jnp.broadcast_to(obs, (m, *obs.shape)).reshape(m * b, -1)
-    out = nets.critic(critic, tiled, actions.reshape(m * b, *actions.shape[2:]))
-    return config.critic.head.value(out).reshape(out.shape[0], m, b, -1)
+    return candidate_values(nets.critic, config.critic.head, critic, obs, actions)
 
 
 def next_values(nets: ActorCritic, config: SACConfig, params: dict[str, Params], next_obs: Array, key: Array) -> Array:
-    """V(next_obs) [M] under the policy, by the target critic; the value of a chunk is that of its longest prefix."""
-    action_key, member_key = jax.random.split(key)
+    """V(next_obs) [M] under the policy, by the target critic."""
+    noise_key, member_key = jax.random.split(key)
+    shape = (config.num_target_actions, next_obs.shape[0], *nets.chunk_shape)
+    return next_values_of(nets, config, params, next_obs, jax.random.normal(noise_key, shape), member_key)
+
+
+def next_values_of(
+    nets: ActorCritic, config: SACConfig, params: dict[str, Params], next_obs: Array, noise: Array, member_key: Array
+) -> Array:
+    """`next_values` of the chunks that `noise` [num_target_actions, M, H, A] makes.
+
+    The entropy term is inside of V, so that the discount ends it with the episode. A chunk's value is that of its
+    longest prefix.
+    """
     mean, std = nets.actor(params["actor"], next_obs)
-    actions, log_prob = sample_tanh_gaussian(mean, std, action_key, config.num_target_actions)
+    actions, log_prob = tanh_gaussian(mean, std, noise)
     values = chunk_values(nets, config, params["target_critic"], next_obs, actions)[..., -1]
     reduced = config.target_reduction(values, member_key)
     if config.backup_entropy:
@@ -142,25 +168,41 @@ def td_loss(
 ) -> tuple[Array, Metrics]:
     """Mean over members, rows and prefixes of the critic's loss against the one target that all members share."""
     following = next_values(nets, config, params, successors(batch, nets.num_prefixes), key)
-    targets, weights = td_targets(batch, jax.lax.stop_gradient(following), nets.num_prefixes)
-    out = nets.critic(critic, batch.obs, batch.actions)
-    loss = weighted_mean(config.critic.head.loss(out, targets), weights)
-    metrics = {"td_loss": loss, "q_data": config.critic.head.value(out).mean(), "td_target": targets.mean()}
-    return loss, metrics
+    return bootstrap_loss(nets.critic, config.critic.head, critic, batch, following, nets.num_prefixes)
 
 
 def actor_loss(
-    nets: ActorCritic, config: SACConfig, actor: Params, params: dict[str, Params], obs: Array, key: Array
+    nets: ActorCritic, config: SACConfig, actor: Params, params: dict[str, Params], batch: ReplayBatch, key: Array
 ) -> tuple[Array, Metrics]:
-    """E[alpha log pi - Q(s, a)], Q the mean over prefixes of the reduced ensemble."""
-    action_key, member_key = jax.random.split(key)
-    mean, std = nets.actor(actor, obs)
-    actions, log_prob = sample_tanh_gaussian(mean, std, action_key, 1)
-    values = chunk_values(nets, config, params["critic"], obs, actions)[:, 0].mean(axis=-1)
+    """`actor_loss_of` chunks drawn from the policy."""
+    noise_key, member_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, (batch.obs.shape[0], *nets.chunk_shape))
+    return actor_loss_of(nets, config, actor, params, batch, noise, member_key)
+
+
+def actor_loss_of(
+    nets: ActorCritic,
+    config: SACConfig,
+    actor: Params,
+    params: dict[str, Params],
+    batch: ReplayBatch,
+    noise: Array,
+    member_key: Array,
+) -> tuple[Array, Metrics]:
+    """E[alpha log pi - Q(s, a)] for the chunks that `noise` [B, H, A] makes, Q the mean over prefixes of the reduced
+    ensemble; with `bc_weight` minus that times log pi of the data's chunk."""
+    mean, std = nets.actor(actor, batch.obs)
+    actions, log_prob = tanh_gaussian(mean, std, noise[None])
+    values = chunk_values(nets, config, params["critic"], batch.obs, actions)[:, 0].mean(axis=-1)
     q = config.actor_reduction(values, member_key)
     alpha = jax.lax.stop_gradient(temperature_of(params["temperature"]))
-    loss = (alpha * log_prob[0] - q).mean()
-    return loss, {"actor_loss": loss, "q_policy": q.mean(), "entropy": -log_prob.mean()}
+    losses = alpha * log_prob[0] - q
+    if config.bc_weight:
+        data = jnp.arctanh(jnp.clip(batch.actions, -ACTION_LIMIT, ACTION_LIMIT))
+        losses = losses - config.bc_weight * tanh_gaussian_log_prob(data, mean, std, batch.mask)
+    loss = weighted_mean(losses, batch.weight)
+    entropy = -weighted_mean(log_prob[0], batch.weight)
+    return loss, {"actor_loss": loss, "q_policy": weighted_mean(q, batch.weight), "entropy": entropy}
 
 
 def temperature_loss(temperature: Params, entropy: Array, target_entropy: float) -> Array:
@@ -181,12 +223,12 @@ def sac_actor_step(
     """One step of actor and temperature."""
     state, keys = split_key(state, 2)
     gradient, metrics = jax.grad(
-        lambda actor: actor_loss(nets, config, actor, state.params, batch.obs, keys[0]), has_aux=True
+        lambda actor: actor_loss(nets, config, actor, state.params, batch, keys[0]), has_aux=True
     )(state.params["actor"])
     entropy = metrics["entropy"]
     if config.entropy_on_next_obs:
         mean, std = nets.actor(state.params["actor"], batch.next_obs)
-        entropy = -sample_tanh_gaussian(mean, std, keys[1], 1)[1].mean()
+        entropy = -weighted_mean(sample_tanh_gaussian(mean, std, keys[1], 1)[1][0], batch.weight)
     target_entropy = -config.target_entropy_per_dim * nets.spec.chunk_dim
     temperature_gradient = jax.grad(temperature_loss)(state.params["temperature"], entropy, target_entropy)
     metrics["temperature"] = temperature_of(state.params["temperature"])
@@ -208,6 +250,7 @@ class SAC:
     def __init__(self, spec: AgentSpec, config: SACConfig) -> None:
         self.spec, self.config = spec, config
         self.nets = ActorCritic.build(spec, config)
+        self.num_prefixes = self.nets.num_prefixes
         self.update = make_update(
             self._critic_step, lambda s, b: sac_actor_step(self.nets, config, s, b), config.actor_batch
         )
