@@ -333,6 +333,7 @@ def test_running_episodes_can_be_sampled_where_the_whole_chunk_was_executed():
     assert len(buffer) == 10
     starts = buffer.starts(3)
     assert sorted(buffer.rows.step[starts]) == [0, 0, 1, 1, 2, 2]
+    assert not any(len(buffer.starts(h)) for h in (6, 9, 10, 12))  # not the neighbour's rows either
     batch = buffer.sample(64, np.random.default_rng(0), horizon=3)
     assert batch.mask.all()
     assert (batch.mc_return == -np.inf).all()

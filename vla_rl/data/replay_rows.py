@@ -76,10 +76,9 @@ class ReplayRows:
         return named | {f"images/{camera}": pictures for camera, pictures in self.images.items()}
 
     def move(self, first: int, to: int, count: int) -> None:
-        """Copy an episode's `count` rows from `first` to `to`, and free the rows it came from."""
+        """Copy an episode's `count` rows from `first` to `to`, and free those. The caller sets `end`."""
         for array in self.columns().values():
             array[to : to + count] = array[first : first + count]
-        self.end[to : to + count] += to - first
         self.free(first, count)
 
     def free(self, first: int, count: int) -> None:
