@@ -103,9 +103,19 @@ class FlowMLP(nn.Module):
         self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Flow matching: see `flow_matching_loss`. [N]."""
-        prefix, draws = self.encode(inputs), self.config.flow_matching.num_draws
+        return self.prefix_loss(self.encode(inputs), actions, mask, generator)
+
+    def prefix_of(self, features: Tensor) -> Prefix:
+        """The features are the normalised state [N, S], which is the prefix. Raises ValueError for another size."""
+        if features.shape[1] != self.feature_dim:
+            raise ValueError(f"features must be [N, {self.feature_dim}], got {tuple(features.shape)}")
+        return state_prefix(PolicyInputs({}, torch.zeros(len(features), 0, dtype=torch.int64), features))
+
+    def prefix_loss(self, prefix: Prefix, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """`supervised_loss` of what is encoded already."""
+        draws = self.config.flow_matching.num_draws
         if draws > 1:
-            prefix = prefix.select(torch.arange(len(inputs), device=actions.device).repeat(draws))
+            prefix = prefix.select(torch.arange(len(prefix), device=actions.device).repeat(draws))
         return flow_matching_loss(
             lambda x_t, t: self.velocity(prefix, x_t, t).velocity, actions, mask, self.config.flow_matching, generator
         )

@@ -181,7 +181,18 @@ class TinyVLA(nn.Module):
         self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Flow-matching loss [N]; padded actions are not read and bear no loss."""
-        prefix = self.encode(inputs)
+        return self.prefix_loss(self.encode(inputs), actions, mask, generator)
+
+    def prefix_of(self, features: Tensor) -> Prefix:
+        """`pooled` is all tokens and the state, so it holds the prefix. Raises ValueError for another size."""
+        if features.shape[1] != self.feature_dim:
+            raise ValueError(f"features must be [N, {self.feature_dim}], got {tuple(features.shape)}")
+        tokens = features[:, : -self.config.state_dim].unflatten(1, (self.encoder.num_tokens, -1))
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return Prefix(tokens, mask, features)
+
+    def prefix_loss(self, prefix: Prefix, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """`supervised_loss` of what is encoded already."""
         draws = self.config.flow_matching.num_draws
         repeated = Prefix(
             prefix.tokens.repeat(draws, 1, 1), prefix.mask.repeat(draws, 1), prefix.pooled.repeat(draws, 1)

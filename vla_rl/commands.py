@@ -68,7 +68,7 @@ def run_command(argv: list[str]) -> int:
     """All stages of a recipe, and the report."""
     o = _parse_with_recipe(RunOptions, argv, "run")
     result = run_pipeline(o.recipe, o.run_dir, resume=o.resume, control=o.control)
-    for who in ("sft", "rl", "control", "expert"):
+    for who in ("sft", "offline", "rl", "control", "expert"):
         if who in result.summary:
             rate = result.summary[who]
             print(f"{who:8} {rate['success_rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] n={rate['n']}")
@@ -116,11 +116,11 @@ def sft_command(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """from: folder of the policy to improve. run_dir: folder of the run. dataset: demonstrations, which bc_coef > 0
-    needs. resume: go on with an interrupted run."""
+    """from: folder of the policy to improve; recipes with an agent of its own have none. run_dir: folder of the run.
+    dataset: demonstrations, for learning from replay and for bc_coef > 0. resume: go on with an interrupted run."""
 
     recipe: RecipeFields
-    policy_dir: Annotated[Path, tyro.conf.arg(name="from")] = _UNSET
+    policy_dir: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     run_dir: Path = _UNSET
     dataset: Path | None = None
     resume: bool = False

@@ -234,6 +234,19 @@ class HasSupervisedLoss(Protocol):
         ...
 
 
+@runtime_checkable
+class LearnsFromFeatures(FlowPolicy, Protocol):
+    """A flow policy that acts and learns from the features that replay keeps, so no picture is encoded twice."""
+
+    def prefix_of(self, features: Tensor) -> Prefix:
+        """The prefix whose `pooled` is `features [N, F]`."""
+        ...
+
+    def prefix_loss(self, prefix: Prefix, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """`supervised_loss` of observations that are encoded already: [N]."""
+        ...
+
+
 class Learner(Protocol):
     """An on-policy algorithm: owns networks and optimisers, turns collected decisions into updates."""
 

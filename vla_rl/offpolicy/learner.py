@@ -14,6 +14,7 @@ from vla_rl.data.replay import ReplayBatch, ReplayBuffer
 from vla_rl.offpolicy.networks import ACTION_LIMIT
 from vla_rl.offpolicy.train_state import TrainState, from_tensors, to_tensors, with_raw_key, wrap_raw_key
 from vla_rl.offpolicy.update import Metrics
+from vla_rl.offpolicy.wsrl import CarryOver, carry_over
 from vla_rl.policies.agent import AgentPolicy
 
 
@@ -77,4 +78,11 @@ class AgentLearner:
         raw = from_tensors(state["train_state"], with_raw_key(self.state), "the stored state")
         self.state = wrap_raw_key(raw)
         self._generator.set_state(state["generator"])
+        self.publish()
+
+    def switch_from(self, offline: AgentLearner, carried: CarryOver, seed: int) -> None:
+        """Go on from what `offline` has learned; see `wsrl.carry_over`."""
+        self.state = carry_over(offline.state, self.agent, carried, seed)
+        if carried.generator:
+            self._generator.set_state(offline._generator.get_state())
         self.publish()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,6 +60,10 @@ class TrainConfig:
                 raise ValueError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
         if self.eval_interval < 0:
             raise ValueError(f"TrainConfig.eval_interval is {self.eval_interval}, expected >= 0 (0: never)")
+
+    def with_seed(self, seed: int) -> TrainConfig:
+        """The same with another seed."""
+        return replace(self, algorithm=replace(self.algorithm, seed=seed))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ online; `run_iterations` logs, evaluates and saves after it. Everything that dec
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,8 @@ from vla_rl.data.replay import ReplayBatch, ReplayBuffer, ReplayConfig
 from vla_rl.data.replay_mixing import MixedReplay
 from vla_rl.data.replay_writer import EpisodeWriter
 from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.offpolicy.build import AgentConfig
+from vla_rl.offpolicy.policy_learner import PolicyLearnerConfig
 from vla_rl.offpolicy.wsrl import CarryOver
 from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.native import save_policy
@@ -128,6 +130,53 @@ class OnlineConfig:
     @property
     def num_iterations(self) -> int:
         return self.num_env_steps // self.env_steps_per_iteration
+
+
+@dataclass(frozen=True)
+class OffPolicyConfig:
+    """Reinforcement learning from replay: `offline` from demonstrations, then `online`; None leaves a stage out.
+
+    `agent`: what learns; one of its own that sees the state alone, or a `PolicyLearnerConfig`, which improves the
+    policy of supervised fine-tuning. `online_agent`: after the switch (None: the same). `horizon`: steps of a chunk.
+    Both stages read the same `replay`; its reward scale and bias must be one, as the values are.
+    """
+
+    agent: AgentConfig | PolicyLearnerConfig = field(default_factory=PolicyLearnerConfig)
+    online_agent: AgentConfig | PolicyLearnerConfig | None = None
+    replay: ReplayConfig = field(default_factory=lambda: ReplayConfig(capacity=100_000, gamma=0.99))
+    horizon: int = 4
+    offline: OfflineConfig | None = None
+    online: OnlineConfig | None = None
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "horizon")
+        if self.offline is None and self.online is None:
+            raise ValueError("OffPolicyConfig needs offline, online or both")
+        if self.online_agent is not None and self.online is None:
+            raise ValueError("OffPolicyConfig.online_agent has no effect without online")
+        if (self.online_agent is not None) and self.improves_policy != isinstance(
+            self.online_agent, PolicyLearnerConfig
+        ):
+            raise ValueError("agent and online_agent must both improve a policy, or both act by themselves")
+
+    @property
+    def improves_policy(self) -> bool:
+        """Whether it starts from a fine-tuned policy, instead of an agent of its own."""
+        return isinstance(self.agent, PolicyLearnerConfig)
+
+    @property
+    def execution_horizon(self) -> int:
+        """Steps of a chunk that are executed, in training and in evaluation."""
+        return self.horizon if self.online is None else self.online.execution_horizon
+
+    def with_seed(self, seed: int) -> OffPolicyConfig:
+        """The same with another seed in both stages."""
+        offline, online = self.offline, self.online
+        return replace(
+            self,
+            offline=None if offline is None else replace(offline, seed=seed),
+            online=None if online is None else replace(online, seed=seed),
+        )
 
 
 def _at_least_one(config: Any, *names: str) -> None:

@@ -1,7 +1,7 @@
 """All stages of a recipe in one folder: demonstrations, SFT, RL, evaluation, report; optionally the negative control.
 
 demos/                 LeRobot dataset
-sft/ rl/ control/      metrics, checkpoints and policy of each training
+sft/ rl/ control/      metrics, checkpoints and policy of each training (rl/offline, rl/online: from replay)
 evaluation/<who>/      episodes, rates and videos
 summary.json           rates with intervals, seconds by stage, peak memory
 report.html            all of it for people
@@ -13,7 +13,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from vla_rl.evaluation.report import Curve, ReportData, ReportRow, video_pairs, 
 from vla_rl.evaluation.result import EvalResult
 from vla_rl.rollout.recorder import Recording
 from vla_rl.train.loop import POLICY_FOLDER
+from vla_rl.train.metrics import METRICS_FILE
+from vla_rl.train.offpolicy_stages import OFFLINE_FOLDER, ONLINE_FOLDER
 from vla_rl.train.recipe import Recipe
 from vla_rl.train.run_folder import (
     CONFIG_FILE,
@@ -34,13 +36,36 @@ from vla_rl.train.run_folder import (
     open_run_folder,
     read_config,
 )
-from vla_rl.train.stages import check_recipe, evaluate_expert, evaluate_stage, fine_tune, record_demos, reinforce
+from vla_rl.train.stages import (
+    check_recipe,
+    evaluate_expert,
+    evaluate_stage,
+    fine_tune,
+    record_demos,
+    reinforce,
+    save_untrained,
+)
 
 SUMMARY_FILE, REPORT_FILE, STAGES_FILE = "summary.json", "report.html", "stages.json"
-_ROLES = {"sft": "baseline", "rl": "trained", "control": "control", "expert": "expert"}
-_LABELS = {"sft": "SFT", "rl": "RL", "control": "shuffled advantages", "expert": "scripted expert"}
+_ROLES = {
+    "start": "baseline",
+    "sft": "baseline",
+    "offline": "other",
+    "rl": "trained",
+    "control": "control",
+    "expert": "expert",
+}
+_LABELS = {
+    "sft": "SFT",
+    "offline": "offline RL",
+    "rl": "RL",
+    "control": "shuffled advantages",
+    "expert": "scripted expert",
+}
 _NOTES = {
+    "start": "the agent before any training",
     "sft": "supervised fine-tuning on the demonstrations",
+    "offline": "reinforcement learning from the same demonstrations, without interaction",
     "rl": "reinforcement learning from there",
     "control": "the control: the same RL without information, must not learn",
     "expert": "sees the simulator's state",
@@ -105,15 +130,20 @@ def run_pipeline(recipe: Recipe, run_dir: str | Path, *, resume: bool = False, c
     stages = Stages(run_dir)
     demos, sft, rl = run_dir / "demos", run_dir / "sft", run_dir / "rl"
     stages.run("demonstrations", lambda: record_demos(recipe, demos))
-    stages.run("sft", lambda: fine_tune(recipe, demos, sft, resume=True))
-    start = sft / POLICY_FOLDER
+    start = sft / POLICY_FOLDER if recipe.fine_tunes else None
+    if recipe.fine_tunes:
+        stages.run("sft", lambda: fine_tune(recipe, demos, sft, resume=True))
+    else:
+        stages.run("start", lambda: save_untrained(recipe, demos, run_dir / "start" / POLICY_FOLDER))
     stages.run("rl", lambda: reinforce(recipe, start, rl, resume=True, dataset_path=demos))
     if control:
         shuffled, folder = recipe.control(), run_dir / "control"
         stages.run("control", lambda: reinforce(shuffled, start, folder, resume=True, dataset_path=demos))
-    stages.run("evaluation", lambda: _evaluate_all(recipe, run_dir, ["sft", "rl"]))
+    trained = {who: folder for who, folder in _policies(run_dir).items() if who != "control"}
+    stages.run("evaluation", lambda: _evaluate_all(recipe, run_dir, trained))
     if control:
-        stages.run("control evaluation", lambda: _evaluate_all(recipe, run_dir, ["control"]))
+        control_policy = {"control": _policies(run_dir)["control"]}
+        stages.run("control evaluation", lambda: _evaluate_all(recipe, run_dir, control_policy))
     began = time.monotonic()
     write_run_report(run_dir)
     return PipelineResult(run_dir, _summarise(run_dir, stages, report_s=time.monotonic() - began))
@@ -131,18 +161,28 @@ def _set_aside_if_finished(run_dir: Path, control: bool) -> None:
     print(f"the finished run in {run_dir} is now {aside}", file=sys.stderr)
 
 
-def _evaluate_all(recipe: Recipe, run_dir: Path, policies: list[str]) -> None:
+def _policies(run_dir: Path) -> dict[str, Path]:
+    """The policies that the stages of a run have made. After learning from replay in two stages, "offline" is the one
+    of the first."""
+    rl = run_dir / "rl"
+    folders = {"start": run_dir / "start", "sft": run_dir / "sft", "rl": rl, "control": run_dir / "control"}
+    if (rl / OFFLINE_FOLDER).exists() and (rl / ONLINE_FOLDER).exists():
+        folders["offline"] = rl / OFFLINE_FOLDER
+    return {who: folder / POLICY_FOLDER for who, folder in folders.items() if (folder / POLICY_FOLDER).exists()}
+
+
+def _evaluate_all(recipe: Recipe, run_dir: Path, policies: Mapping[str, Path]) -> None:
     """The same episodes for all; recordings are listed beside the results."""
-    for who in policies:
+    for who, folder in policies.items():
         out = run_dir / "evaluation" / who
-        _, recordings = evaluate_stage(recipe, run_dir / who / POLICY_FOLDER, out, label=who)
+        _, recordings = evaluate_stage(recipe, folder, out, label=who)
         films = [
             {"seed": r.seed, "path": str(r.path.relative_to(run_dir)), "instruction": r.instruction,
              "success": r.success, "num_frames": r.num_frames}
             for r in recordings.values()
         ]  # fmt: skip
         atomic_write_json(out / "recordings.json", {"recordings": films})
-    if "sft" in policies:
+    if "rl" in policies:
         evaluate_expert(recipe, recipe.evaluation).save(run_dir / "evaluation" / "expert")
 
 
@@ -178,10 +218,13 @@ def write_run_report(run_dir: Path) -> Path:
         for label, role, folder in (
             ("SFT", "baseline", "sft"),
             ("RL", "trained", "rl"),
+            ("offline RL", "other", f"rl/{OFFLINE_FOLDER}"),
+            ("online RL", "trained", f"rl/{ONLINE_FOLDER}"),
             ("control", "control", "control"),
         )
-        if (run_dir / folder).exists()
+        if (run_dir / folder / METRICS_FILE).exists()
     )
+    first = next((who for who in ("sft", "offline", "start") if (run_dir / "evaluation" / who).exists()), "rl")
     provenance = json.loads((run_dir / PROVENANCE_FILE).read_text())
     texts = {key: _text(value) for key, value in provenance.items() if value}
     texts["configuration"] = (run_dir / CONFIG_FILE).read_text()
@@ -195,7 +238,7 @@ def write_run_report(run_dir: Path) -> Path:
             command=provenance["command"],
             description=_describe_episodes(recipe),
             curves=curves,
-            videos=video_pairs(_recordings(run_dir, "sft"), _recordings(run_dir, "rl")),
+            videos=video_pairs(_recordings(run_dir, first), _recordings(run_dir, "rl")),
             stage_wall_s=stages.wall_s,
             provenance=texts,
         ),

@@ -15,6 +15,7 @@ from vla_rl.policies.tiny import TinyVLAConfig
 from vla_rl.sim.experts import ExpertConfig
 from vla_rl.sim.tasks import SPLITS, get_task
 from vla_rl.train.loop import TrainConfig
+from vla_rl.train.offpolicy import OffPolicyConfig
 from vla_rl.train.sft import SFTConfig
 
 Normalization = Literal["mean_std", "quantiles", "min_max", "identity"]
@@ -70,32 +71,41 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """`policy`: sizes left at 0 are the environment's. `state_normalization`, `action_normalization`: from the
-    statistics of the demonstrations. `device`: where policies live; "auto" is a GPU where there is one.
-    `torch_threads`: one is fastest for small networks, many times so on busy cores."""
+    """`train`: on-policy, or from replay. `policy`: sizes left at 0 are the environment's. `state_normalization`,
+    `action_normalization`: from the statistics of the demonstrations. `device`: where policies live; "auto" is a GPU
+    where there is one. `torch_threads`: one is fastest for small networks, many times so on busy cores."""
 
     env: EnvConfig = field(default_factory=EnvConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)
     policy: PolicyConfig = field(default_factory=TinyVLAConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig | OffPolicyConfig = field(default_factory=TrainConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     state_normalization: Normalization = "mean_std"
     action_normalization: Normalization = "min_max"
     device: str = "auto"
     torch_threads: int = 1
 
+    @property
+    def fine_tunes(self) -> bool:
+        """Whether reinforcement learning starts from a fine-tuned policy (else: from an agent of its own)."""
+        return not isinstance(self.train, OffPolicyConfig) or self.train.improves_policy
+
     def with_seed(self, seed: int) -> Recipe:
         """The same with another seed in every stage; the evaluation's episodes stay."""
-        algorithm = replace(self.train.algorithm, seed=seed)
         return replace(
             self,
             demos=replace(self.demos, seed=seed),
             sft=replace(self.sft, seed=seed),
-            train=replace(self.train, algorithm=algorithm),
+            train=self.train.with_seed(seed),
         )
 
     def control(self) -> Recipe:
-        """The negative control: the same reinforcement learning on advantages that were shuffled."""
+        """The negative control: the same reinforcement learning on advantages that were shuffled.
+
+        Raises ValueError for reinforcement learning from replay, which has no advantages.
+        """
+        if isinstance(self.train, OffPolicyConfig):
+            raise ValueError("this recipe learns from replay: there are no advantages to shuffle, leave --control out")
         algorithm = replace(self.train.algorithm, shuffle_advantages=True)
         return replace(self, train=replace(self.train, algorithm=algorithm))

@@ -17,14 +17,17 @@ from vla_rl.data.normalization import Normalizer
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.evaluation.evaluate import evaluate, evaluate_controller
 from vla_rl.evaluation.result import EvalResult
-from vla_rl.onpolicy.build import build_learner, build_sampler
+from vla_rl.onpolicy.build import build_learner as build_on_policy_learner
+from vla_rl.onpolicy.build import build_sampler
 from vla_rl.policies.build import build_policy
 from vla_rl.policies.checkpoints.config_json import config_to_dict
-from vla_rl.policies.checkpoints.native import load_policy
+from vla_rl.policies.checkpoints.native import load_policy, save_policy
 from vla_rl.rollout.recorder import EpisodeRecorder, Recording
 from vla_rl.sim.experts import ScriptedExpert
 from vla_rl.train.demo_source import DatasetDemos
-from vla_rl.train.loop import TrainResult, run_training
+from vla_rl.train.loop import TrainConfig, TrainResult, run_training
+from vla_rl.train.offpolicy import OffPolicyConfig
+from vla_rl.train.offpolicy_stages import build_learner, reinforce_from_replay
 from vla_rl.train.recipe import EvalConfig, Recipe
 from vla_rl.train.sft import DatasetSampler, SFTResult, run_sft
 
@@ -48,10 +51,16 @@ def check_recipe(recipe: Recipe) -> None:
     env.close()
     policy: Any = build_policy(recipe.policy, env.spec, seed=0)
     train = recipe.train
-    if train.execution_horizon > policy.action_horizon:
+    if recipe.fine_tunes and train.execution_horizon > policy.action_horizon:
         raise ValueError(
             f"train.execution_horizon is {train.execution_horizon}, the policy predicts {policy.action_horizon} steps"
         )
+    device_of(recipe)
+    if isinstance(train, OffPolicyConfig):
+        for agent in (train.agent, train.online_agent):
+            if agent is not None:
+                build_learner(agent, env.spec, train.horizon, policy=policy, dataset=None, seed=0)
+        return
     deployed, explored = (getattr(c, "num_steps", None) for c in (recipe.policy, train.sampler))
     if deployed != explored and None not in (deployed, explored):
         raise ValueError(
@@ -60,8 +69,7 @@ def check_recipe(recipe: Recipe) -> None:
         )
     without_demos = replace(train.algorithm, actor=replace(train.algorithm.actor, bc_coef=0.0))
     sampler = build_sampler(policy, train.sampler, seed=0)
-    build_learner(sampler, without_demos, step_weighting=train.step_weighting)
-    device_of(recipe)
+    build_on_policy_learner(sampler, without_demos, step_weighting=train.step_weighting)
 
 
 def record_demos(recipe: Recipe, path: Path) -> DemoSummary:
@@ -118,11 +126,46 @@ def fine_tune(recipe: Recipe, dataset_path: Path, run_dir: Path, *, resume: bool
     return run_sft(policy, sampler, recipe.sft, run_dir, resume=resume, spec=spec)
 
 
+def save_untrained(recipe: Recipe, dataset_path: Path, folder: Path) -> None:
+    """The agent that a recipe without fine-tuning starts from, as a policy: the baseline of its report."""
+    assert isinstance(recipe.train, OffPolicyConfig)
+    env = recipe.env.make(1, split="train")
+    env.close()
+    dataset = LeRobotDataset(dataset_path)
+    learner = build_learner(recipe.train.agent, env.spec, recipe.train.horizon, policy=None, dataset=dataset, seed=0)
+    save_policy(learner.policy, folder, spec=env.spec)
+
+
 def reinforce(
-    recipe: Recipe, policy_folder: Path, run_dir: Path, *, resume: bool, dataset_path: Path | None = None
+    recipe: Recipe, policy_folder: Path | None, run_dir: Path, *, resume: bool, dataset_path: Path | None = None
 ) -> TrainResult:
-    """On-policy RL of a stored policy. `dataset_path`: for a behaviour-cloning term."""
-    config = recipe.train
+    """Reinforcement learning of a stored policy, or of an agent of its own (`policy_folder` None).
+
+    `dataset_path`: for learning from replay, and for a behaviour-cloning term. Raises ValueError where one is missing.
+    """
+    if recipe.fine_tunes and policy_folder is None:
+        raise ValueError("this recipe improves a fine-tuned policy; give it with --from")
+    if not isinstance(recipe.train, OffPolicyConfig):
+        assert policy_folder is not None
+        return _reinforce_on_policy(recipe, recipe.train, policy_folder, run_dir, resume, dataset_path)
+
+    def make_env(num_envs: int) -> ChunkedEnv:
+        return recipe.env.make(num_envs, split="train", auto_reset=True, final_images=True)
+
+    return reinforce_from_replay(
+        recipe.train,
+        make_env,
+        run_dir,
+        policy=None if policy_folder is None else lambda: load_policy(policy_folder, device=device_of(recipe)),
+        dataset_path=dataset_path,
+        resume=resume,
+        evaluate=lambda policy: _curve_metrics(recipe, policy),
+    )
+
+
+def _reinforce_on_policy(
+    recipe: Recipe, config: TrainConfig, policy_folder: Path, run_dir: Path, resume: bool, dataset_path: Path | None
+) -> TrainResult:
     env = recipe.env.make(config.num_envs, split="train", auto_reset=True, final_images=True)
     policy: Any = load_policy(policy_folder, device=device_of(recipe), spec=env.spec)
     demos = None
@@ -134,21 +177,23 @@ def reinforce(
         demos = DatasetDemos(chunks, policy, config.algorithm.seed)
     try:
         return run_training(
-            policy, env, config, run_dir, resume=resume, evaluate=_curve_metrics(recipe, policy), demos=demos
+            policy,
+            env,
+            config,
+            run_dir,
+            resume=resume,
+            evaluate=lambda: _curve_metrics(recipe, policy),
+            demos=demos,
         )
     finally:
         env.close()
 
 
-def _curve_metrics(recipe: Recipe, policy: Any) -> Callable[[], dict[str, float]]:
+def _curve_metrics(recipe: Recipe, policy: Any) -> dict[str, float]:
     """The deployed policy's success on a few held-out episodes, for the learning curve."""
     config = replace(recipe.evaluation, num_episodes=_CURVE_EPISODES, first_seed=_CURVE_FIRST_SEED, num_videos=0)
-
-    def measure() -> dict[str, float]:
-        rate = evaluate_policy(recipe, policy, config, progress=False).success_once
-        return {"eval/success_rate": rate.rate, "eval/success_rate_low": rate.low, "eval/success_rate_high": rate.high}
-
-    return measure
+    rate = evaluate_policy(recipe, policy, config, progress=False).success_once
+    return {"eval/success_rate": rate.rate, "eval/success_rate_low": rate.low, "eval/success_rate_high": rate.high}
 
 
 def evaluate_policy(
@@ -227,5 +272,5 @@ def evaluate_stage(
 
 __all__ = [
     "device_of", "evaluate_expert", "evaluate_policy", "evaluate_stage", "fine_tune", "record_demos",
-    "reinforce",
+    "reinforce", "save_untrained",
 ]  # fmt: skip
