@@ -18,7 +18,8 @@ def flow_sde() -> Recipe:
 def flow_noise() -> Recipe:
     """Flow-Noise: a learned standard deviation in every denoising step, and an entropy bonus that keeps it open.
 
-    The KL to the start is weaker here, since it counts four transitions and the standard deviations too.
+    The KL to the start is weaker here, since it counts four transitions and the standard deviations too. It learns
+    more slowly than Flow-SDE: after 60 iterations three seeds had .961, .926 and .863, all still rising.
     """
     recipe = demo()
     algorithm = recipe.train.algorithm
@@ -27,5 +28,5 @@ def flow_noise() -> Recipe:
     sampler = FlowSamplerConfig(
         kernel="flow_noise", mode="full", reduction="per_step", scored_horizon=EXECUTION_HORIZON
     )
-    train = replace(recipe.train, sampler=sampler, algorithm=replace(algorithm, actor=actor))
+    train = replace(recipe.train, num_iterations=90, sampler=sampler, algorithm=replace(algorithm, actor=actor))
     return replace(recipe, train=train)
