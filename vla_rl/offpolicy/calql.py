@@ -159,6 +159,13 @@ def conservative_loss_of(
     return loss, {"conservative_gap": loss, "calibrated_share": bounded, "q_policy_data": q_policy.mean()}
 
 
+def lagrange_term(config: ConservativeConfig, parameter: Params, gap: Array) -> Array:
+    """multiplier * alpha * (gap - lagrange_gap): the critic goes down it and the multiplier up it, so it is zero as a
+    number, and only its gradients are of use."""
+    multiplier, excess = temperature_of(parameter), config.alpha * (gap - config.lagrange_gap)
+    return jax.lax.stop_gradient(multiplier) * excess - multiplier * jax.lax.stop_gradient(excess)
+
+
 def calql_optimizers(config: CalQLConfig) -> Optimizers:
     rates = {
         "actor": config.sac.actor_learning_rate,
@@ -203,12 +210,8 @@ class CalQL:
         metrics |= more
         if config.lagrange_gap is None:
             return td + config.alpha * gap, metrics
-        multiplier = temperature_of(trained["cql_multiplier"])
-        excess = config.alpha * (gap - config.lagrange_gap)
-        metrics["cql_multiplier"] = multiplier
-        # the critic goes down this, the multiplier goes up it
-        critic_part = jax.lax.stop_gradient(multiplier) * excess
-        return td + critic_part - multiplier * jax.lax.stop_gradient(excess), metrics
+        metrics["cql_multiplier"] = temperature_of(trained["cql_multiplier"])
+        return td + lagrange_term(config, trained["cql_multiplier"], gap), metrics
 
     def _critic_step(self, state: TrainState, batch: ReplayBatch) -> tuple[TrainState, Metrics]:
         state, keys = split_key(state, 2)
