@@ -138,7 +138,7 @@ def take_prefixes(batch: ReplayBatch, prefixes: Array) -> ReplayBatch:
     Q must be at least 2: one prefix means the whole chunk there.
     """
     names = ("prefix_reward", "prefix_discount", "prefix_next_obs", "prefix_mask")
-    return batch._replace(**{name: getattr(batch, name)[:, prefixes] for name in names})
+    return batch._replace(**{name: jnp.asarray(getattr(batch, name))[:, prefixes] for name in names})
 
 
 def weighted_mean(losses: Array, weights: Array | np.ndarray) -> Array:
