@@ -72,17 +72,15 @@ def main(module: str, argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/experiments") / experiment.name)
     options = parser.parse_args(argv)
     start = time.monotonic()
-    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
-        for jobs in (
-            [(START, seed) for seed in options.seeds],
-            [(method, seed) for seed in options.seeds for method in options.methods],
-        ):
-            submitted = [
-                pool.submit(run_job, module, method, seed, options.iterations, options.out) for method, seed in jobs
-            ]
-            for done, future in enumerate(as_completed(submitted), start=1):
-                left = (time.monotonic() - start) / done * (len(jobs) - done)
-                print(f"[{done}/{len(jobs)}, about {format_duration(left)} left] {future.result()}", flush=True)
+    for jobs in (
+        [(START, seed) for seed in options.seeds],
+        [(method, seed) for seed in options.seeds for method in options.methods],
+    ):
+        run_jobs(
+            run_job,
+            [(module, method, seed, options.iterations, options.out) for method, seed in jobs],
+            options.processes,
+        )
     summary = summarise(experiment, options.out, options.seeds, options.methods)
     summary["wall_s"] = round(time.monotonic() - start, 1)
     atomic_write_json(options.out / "summary.json", summary)
@@ -90,6 +88,16 @@ def main(module: str, argv: Sequence[str] | None = None) -> int:
     verdict = "passed" if summary["passed"] else "FAILED: " + "; ".join(summary["failures"])
     print(f"{verdict}\n{options.out / 'summary.json'}\n{report}")
     return 0 if summary["passed"] else 1
+
+
+def run_jobs(function: Callable[..., str], jobs: Sequence[tuple[Any, ...]], processes: int) -> None:
+    """Call `function(*job)` for every job in so many processes, and print what each returns."""
+    start = time.monotonic()
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        submitted = [pool.submit(function, *job) for job in jobs]
+        for done, future in enumerate(as_completed(submitted), start=1):
+            left = (time.monotonic() - start) / done * (len(jobs) - done)
+            print(f"[{done}/{len(jobs)}, about {format_duration(left)} left] {future.result()}", flush=True)
 
 
 def run_job(module: str, name: str, seed: int, num_iterations: int | None, out: Path) -> str:
