@@ -30,6 +30,8 @@ from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.native import load_policy
 from vla_rl.progress import format_duration
 from vla_rl.train.loop import POLICY_FOLDER, TrainConfig, run_training
+from vla_rl.train.offpolicy import OffPolicyConfig
+from vla_rl.train.offpolicy_stages import reinforce_from_replay
 from vla_rl.train.run_folder import describe_machine, describe_source
 
 START = "sft"
@@ -37,11 +39,13 @@ START = "sft"
 
 @dataclass(frozen=True)
 class Method:
-    """`role`: a "trained" one must reach `required`; a "control" must not learn."""
+    """`role`: a "trained" one must reach `required`; a "control" must not learn; of an "other" nothing is required.
+    `inner`: the policy of an earlier stage, as a folder inside the run's, that is evaluated under its own name."""
 
     label: str
-    train: TrainConfig
-    role: Literal["trained", "control"] = "trained"
+    train: TrainConfig | OffPolicyConfig
+    role: Literal["trained", "control", "other"] = "trained"
+    inner: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,30 +114,47 @@ def run_job(module: str, name: str, seed: int, num_iterations: int | None, out: 
             experiment.prepare(seed, folder)
         else:
             _train(experiment, experiment.methods[name], seed, num_iterations, source, folder)
-        _evaluate(experiment, seed, folder).save(folder / "evaluation")
+        _evaluate(experiment, seed, folder / POLICY_FOLDER).save(folder / "evaluation")
+        inner = experiment.methods[name].inner if name != START else None
+        if inner is not None:
+            as_name, place = inner
+            _evaluate(experiment, seed, folder / place / POLICY_FOLDER).save(
+                out / f"seed_{seed}" / as_name / "evaluation"
+            )
     return f"{name} seed {seed}: {EvalResult.load(folder / 'evaluation').success_once}"
 
 
 def _train(
     experiment: Experiment, method: Method, seed: int, num_iterations: int | None, source: Path, folder: Path
 ) -> None:
-    config = replace(method.train, algorithm=replace(method.train.algorithm, seed=seed))
+    config = method.train.with_seed(seed)
+    curve = replace(experiment, num_episodes=128, first_episode=experiment.first_episode + 10**6)
+
+    def measure(policy: Any) -> dict[str, float]:
+        rate = _rate(curve, policy, seed).success_once
+        return {"eval/success_rate": rate.rate, "eval/success_rate_low": rate.low, "eval/success_rate_high": rate.high}
+
+    if isinstance(config, OffPolicyConfig):
+        reinforce_from_replay(
+            config,
+            lambda n: experiment.make_env(n, "train", True),
+            folder,
+            policy=lambda: load_policy(source / POLICY_FOLDER),
+            dataset_path=source / "demos",
+            resume=True,
+            evaluate=measure,
+        )
+        return
     if num_iterations is not None:
         config = replace(config, num_iterations=num_iterations)
     env = experiment.make_env(config.num_envs, "train", True)
     policy: Any = load_policy(source / POLICY_FOLDER, spec=env.spec)
-    curve = replace(experiment, num_episodes=128, first_episode=experiment.first_episode + 10**6)
-
-    def measure() -> dict[str, float]:
-        rate = _rate(curve, policy, seed).success_once
-        return {"eval/success_rate": rate.rate, "eval/success_rate_low": rate.low, "eval/success_rate_high": rate.high}
-
-    run_training(policy, env, config, folder, resume=True, evaluate=measure, tensorboard=False)
+    run_training(policy, env, config, folder, resume=True, evaluate=lambda: measure(policy), tensorboard=False)
     env.close()
 
 
-def _evaluate(experiment: Experiment, seed: int, folder: Path) -> EvalResult:
-    return _rate(experiment, load_policy(folder / POLICY_FOLDER), seed)
+def _evaluate(experiment: Experiment, seed: int, policy_folder: Path) -> EvalResult:
+    return _rate(experiment, load_policy(policy_folder), seed)
 
 
 def _rate(experiment: Experiment, policy: Any, seed: int) -> EvalResult:
@@ -162,20 +183,38 @@ def summarise(experiment: Experiment, out: Path, seeds: Sequence[int], methods: 
             after = EvalResult.load(out / f"seed_{seed}" / name / "evaluation").success_once
             role = experiment.methods[name].role
             bound = experiment.required if role == "trained" else before.rate + experiment.control_margin
-            if (after.rate < bound) if role == "trained" else (after.rate > bound):
+            if role != "other" and ((after.rate < bound) if role == "trained" else (after.rate > bound)):
                 failures.append(
                     f"{name} seed {seed} is {after}, required {'>=' if role == 'trained' else '<='} {bound:.3f}"
                 )
             runs.append({"method": name, "role": role, "seed": seed, "sft": before.as_dict(), "rl": after.as_dict()})
+            inner = experiment.methods[name].inner
+            if inner is not None:
+                at = EvalResult.load(out / f"seed_{seed}" / inner[0] / "evaluation").success_once.as_dict()
+                runs.append({"method": inner[0], "role": "other", "seed": seed, "sft": before.as_dict(), "rl": at})
     return {
         "name": experiment.name,
         "passed": not failures,
         "failures": failures,
         "required": {"rl_at_least": experiment.required, "control_at_most_above_sft": experiment.control_margin},
         "runs": runs,
+        "env_steps": {name: _num_env_steps(experiment.methods[name].train) for name in methods},
         "methods": {name: config_to_dict(experiment.methods[name].train) for name in methods},
         "machine": describe_machine(),
     }
+
+
+def _num_env_steps(config: TrainConfig | OffPolicyConfig) -> int:
+    """Control steps of interaction that a method pays for."""
+    if isinstance(config, OffPolicyConfig):
+        return 0 if config.online is None else config.online.num_env_steps
+    decisions = getattr(config.algorithm, "num_decisions", 0)
+    return config.num_iterations * config.num_envs * decisions * config.execution_horizon
+
+
+def _metrics_folder(folder: Path) -> Path:
+    """Where the curve of a run lies: learning from replay has one a stage."""
+    return next((folder / stage for stage in ("online", "offline") if (folder / stage).exists()), folder)
 
 
 def _report(experiment: Experiment, module: str, out: Path, seeds: Sequence[int], methods: Sequence[str]) -> Path:
@@ -188,8 +227,11 @@ def _report(experiment: Experiment, module: str, out: Path, seeds: Sequence[int]
     for name in methods:
         method = experiment.methods[name]
         role = "control" if method.role == "control" else "trained" if name == first else "other"
+        if method.inner is not None:
+            rows.append(ReportRow(f"{method.label}: {method.inner[0]}", "other", merged(method.inner[0])))
         rows.append(ReportRow(method.label, role, merged(name)))
-        curves.append(Curve(f"{method.label}, seed {seeds[0]}", role, out / f"seed_{seeds[0]}" / name))
+        metrics = _metrics_folder(out / f"seed_{seeds[0]}" / name)
+        curves.append(Curve(f"{method.label}, seed {seeds[0]}", role, metrics))
     source = describe_source()
     return write_report(
         out / "report.html",

@@ -1,0 +1,79 @@
+"""Learning experiment: the tiny VLA from offline to online, against on-policy RL of the same number of control steps.
+
+    make experiment NAME=offline_to_online_vla
+
+For each seed: the demo's demonstrations and fine-tuned policy, and from it (1) CO-RFT on the same demonstrations and
+then WSRL without them, (2) Flow-SDE PPO, (3) the control: (1) with a critic that never learns. The same 256 episodes of
+the split "test" for all. Nothing is known beforehand about which is ahead: what comes out is reported. The control must
+stay where it started.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from tests.experiments.runner import Experiment, Method, main
+from vla_rl.configs import get_recipe
+from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.offpolicy.policy_learner import PolicyLearnerConfig
+from vla_rl.onpolicy import PPOConfig
+from vla_rl.train.loop import TrainConfig
+from vla_rl.train.offpolicy import OffPolicyConfig
+from vla_rl.train.stages import fine_tune, record_demos
+
+RECIPE, ON_POLICY = get_recipe("vla_offline_to_online"), get_recipe("demo").train
+assert isinstance(RECIPE.train, OffPolicyConfig)
+assert isinstance(ON_POLICY, TrainConfig)
+ENV_STEPS = RECIPE.train.online.num_env_steps if RECIPE.train.online else 0
+
+
+def prepare(seed: int, folder: Path) -> None:
+    """Demonstrations and a policy of this seed."""
+    recipe = RECIPE.with_seed(seed)
+    record_demos(recipe, folder / "demos")
+    fine_tune(recipe, folder / "demos", folder, resume=True)
+
+
+def make_env(num_envs: int, split: str, auto_reset: bool) -> ChunkedEnv:
+    """With pictures of episodes' ends where training needs them."""
+    return RECIPE.env.make(num_envs, split=split, auto_reset=auto_reset, final_images=auto_reset)
+
+
+def on_policy(num_env_steps: int) -> TrainConfig:
+    """The demo's PPO with a quarter of its environments, so that few control steps still make many updates."""
+    assert isinstance(ON_POLICY, TrainConfig)
+    assert isinstance(ON_POLICY.algorithm, PPOConfig)
+    num_envs = 40
+    steps = num_envs * ON_POLICY.algorithm.num_decisions * ON_POLICY.execution_horizon
+    return replace(ON_POLICY, num_envs=num_envs, num_iterations=max(1, round(num_env_steps / steps)), eval_interval=1)
+
+
+def frozen_critic(config: OffPolicyConfig) -> OffPolicyConfig:
+    """The control: everything the same but a critic that keeps its first weights."""
+
+    def freeze(agent: object) -> PolicyLearnerConfig:
+        assert isinstance(agent, PolicyLearnerConfig)
+        return replace(agent, critic=replace(agent.critic, learning_rate=0.0))
+
+    return replace(config, agent=freeze(config.agent), online_agent=freeze(config.online_agent))
+
+
+EXPERIMENT = Experiment(
+    name="offline_to_online_vla",
+    title="The tiny VLA from offline to online",
+    prepare=prepare,
+    make_env=make_env,
+    methods={
+        "wsrl": Method("CO-RFT, then WSRL", RECIPE.train, "trained", inner=("co_rft", "offline")),
+        "ppo": Method("Flow-SDE PPO, as many control steps", on_policy(ENV_STEPS), "other"),
+        "control_frozen_critic": Method("control: a critic that never learns", frozen_critic(RECIPE.train), "control"),
+    },
+    num_episodes=256,
+    first_episode=0,
+    required=0.0,
+    start_range=(0.0, 1.0),
+)
+
+if __name__ == "__main__":
+    raise SystemExit(main("tests.experiments.offline_to_online_vla"))
