@@ -274,6 +274,7 @@ def _simulators() -> list[Check]:
         Check("simulators", "tabletop", "ok", "built in"),
         _package("simulators", "gymnasium", "gymnasium", "pip install gymnasium"),
         _package("simulators", "ManiSkill", "mani_skill", "pip install mani_skill; needs a Vulkan driver"),
+        _package("simulators", "OGBench", "ogbench", "pip install ogbench"),
         _package("simulators", "LIBERO", "libero", f"pip install libero {own_process}"),
         _package("simulators", "robosuite", "robosuite", f"pip install robosuite {own_process}"),
     ]
@@ -282,7 +283,7 @@ def _simulators() -> list[Check]:
 def _more() -> list[Check]:
     ros = "install ROS 2 (Humble or newer) and source /opt/ros/<distribution>/setup.bash before starting"
     return [
-        _package("more", "JAX (off-policy agents)", "jax", "pip install jax flax optax"),
+        _package("more", "JAX (off-policy agents)", "jax", "pip install jax flax optax", required=True),
         _package("more", "Ray (many machines)", "ray", "pip install ray"),
         _package("more", "ROS 2 (rclpy)", "rclpy", ros),
         _package("more", "PyAV (videos)", "av", "pip install av", required=True),
