@@ -30,7 +30,7 @@ from vla_rl.offpolicy.improvement import ImprovementConfig, QFunction, improve, 
 from vla_rl.offpolicy.networks import AgentSpec, Network, Params
 from vla_rl.offpolicy.sac import apply_critic_gradient
 from vla_rl.offpolicy.train_state import Optimizers, TrainState, split_key
-from vla_rl.offpolicy.update import Metrics, make_scan
+from vla_rl.offpolicy.update import Metrics, make_update
 from vla_rl.offpolicy.value_heads import HLGaussHead
 
 # What update scans over: minibatch, chunks at the successors [N, B * P, H, A], chunks at obs [M, B, H, A] or None.
@@ -91,7 +91,7 @@ class CriticAgent:
         self.num_prefixes = config.critic.num_prefixes(spec)
         self.network = self._network(0)
         self._optimizers = Optimizers({"critic": config.learning_rate}, config.grad_clip)
-        self._scan = make_scan(self._critic_step)
+        self._scan = make_update(self._critic_step, None)
         self._improve = jax.jit(self._improve_pure)
         self._values = jax.jit(lambda params, obs, chunks, key: self._q(params, key)(obs, chunks))
         self._gradient = jax.jit(self._gradient_pure)
@@ -183,7 +183,7 @@ class CriticAgent:
         no_density = jnp.zeros(policy_actions.shape[:2])  # only the importance form reads it
         q_random, q_policy = values[:, :num_random], values[:, num_random:]
         gap, bounded = conservative_gap(
-            config, q_data, q_random, q_policy, batch.mc_return, no_density, self.spec.chunk_dim
+            config, q_data, q_random, q_policy, jnp.asarray(batch.mc_return), no_density, self.spec.chunk_dim
         )
         loss = weighted_mean(gap, batch.weight[:, None])
         return loss, {"conservative_gap": loss, "calibrated_share": bounded, "q_policy": q_policy.mean()}

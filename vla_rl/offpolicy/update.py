@@ -12,7 +12,8 @@ from vla_rl.data.replay import ReplayBatch
 from vla_rl.offpolicy.train_state import TrainState
 
 Metrics = dict[str, Array]
-Step = Callable[[TrainState, ReplayBatch], tuple[TrainState, Metrics]]
+# The second argument is a ReplayBatch, or a tuple of it and the arrays that belong to its rows.
+Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 ActorBatch = Literal["all", "last"]
 
 
@@ -35,6 +36,7 @@ class OffPolicyAgent(Protocol):
 def make_update(critic_step: Step, actor_step: Step | None, actor_batch: ActorBatch = "all") -> Any:
     """A jitted `update(state, batches)`; the old state's memory is reused, so keep no reference to it.
 
+    `batches` is what the steps scan over, any pytree of arrays [U, B, ...].
     `actor_batch`: the actor step sees all U * B rows at once (WSRL), or the last minibatch (RLPD). Metrics are arrays
     on the device: nothing waits for them until somebody reads one.
     """
@@ -50,16 +52,5 @@ def make_update(critic_step: Step, actor_step: Step | None, actor_batch: ActorBa
             rows = jax.tree.map(lambda x: x[-1], batches)
         state, actor_metrics = actor_step(state, rows)
         return state, metrics | actor_metrics
-
-    return jax.jit(update, donate_argnums=0)
-
-
-def make_scan(step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]) -> Any:
-    """A jitted `update(state, inputs)` of one `step` after another over the first axis of `inputs`, any pytree; metrics
-    are means. The old state's memory is reused, as in `make_update`."""
-
-    def update(state: TrainState, inputs: Any) -> tuple[TrainState, Metrics]:
-        state, per_step = jax.lax.scan(step, state, inputs)
-        return state, jax.tree.map(lambda x: x.mean(axis=0), per_step)
 
     return jax.jit(update, donate_argnums=0)

@@ -1,0 +1,120 @@
+"""Interventions in both buffers, and ConRFT's policy loss against finite differences."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.offpolicy_batches import ACTION_DIM, HORIZON, OBS_DIM, random_batch
+from vla_rl.core import Source
+from vla_rl.data.replay import ReplayBuffer, ReplayConfig
+from vla_rl.offpolicy.arrays import to_jax, to_torch
+from vla_rl.offpolicy.conrft import conrft_offline, conrft_online, conrft_policy_loss
+from vla_rl.offpolicy.critics import MLPCriticConfig
+from vla_rl.offpolicy.interventions import copy_interventions, take_over
+from vla_rl.offpolicy.networks import AgentSpec
+from vla_rl.offpolicy.pa_rl import CriticAgent, CriticAgentConfig
+
+
+def buffer() -> ReplayBuffer:
+    return ReplayBuffer(ReplayConfig(capacity=100, gamma=0.9), state_dim=1, action_dim=1)
+
+
+def add(online: ReplayBuffer, by_human: list[int], *, terminated: bool, observed: list[bool] | None = None) -> None:
+    """Six steps; step t has state t, executed action 10 + t, proposal 20 + t, reward t."""
+    t = np.arange(6.0)
+    online.add_episode(
+        state=np.arange(7.0)[:, None], actions=10 + t[:, None], proposals=20 + t[:, None], rewards=t,
+        terminated=terminated, truncated=not terminated, success=terminated, instruction="push", observed=observed,
+        source=np.where(np.isin(t, by_human), Source.HUMAN, Source.POLICY),
+    )  # fmt: skip
+
+
+def test_the_persons_action_is_executed_and_the_proposal_stays_beside_it() -> None:
+    proposals, human = torch.zeros(2, 3, 1), torch.ones(2, 3, 1)
+    taken = take_over(proposals, human, torch.tensor([[False, True, True], [False, False, False]]))
+    assert taken.actions[..., 0].tolist() == [[0.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
+    assert taken.source.tolist() == [[1, 2, 2], [1, 1, 1]]
+    with pytest.raises(ValueError, match=r"intervened \[2, 3\], got \[2, 3, 1\] and \[3, 2\]"):
+        take_over(proposals, human, torch.zeros(3, 2, dtype=torch.bool))
+
+
+def test_stretches_of_a_person_become_demonstrations_and_stay_online() -> None:
+    online, demos = buffer(), buffer()
+    add(online, [], terminated=True)
+    add(online, [2, 3, 5], terminated=True)
+    assert copy_interventions(online, demos) == 2
+    assert len(online) == 12
+    assert (demos.num_episodes, len(demos)) == (2, 3)
+    (first, rows), (last, _) = demos.finished_episodes()
+    assert rows == 3
+    np.testing.assert_array_equal(demos.rows.obs[first : first + 3, 0], [2, 3, 4])
+    np.testing.assert_array_equal(demos.rows.actions[first : first + 2, 0], [12, 13])
+    np.testing.assert_array_equal(demos.rows.proposals[first : first + 2, 0], [22, 23])
+    assert (demos.rows.source[first : first + 2] == Source.HUMAN).all()
+    assert (demos.rows.truncated[first + 1], demos.rows.terminated[first + 1]) == (True, False)
+    assert (demos.rows.truncated[last], demos.rows.terminated[last]) == (False, True)
+    assert demos.instruction(first) == "push"
+
+
+def test_a_chunk_of_an_intervention_ends_where_the_policy_takes_over_again() -> None:
+    online, demos = buffer(), buffer()
+    add(online, [2, 3], terminated=False)
+    copy_interventions(online, demos)
+    batch = demos.sample(64, np.random.default_rng(0), horizon=4)
+    from_two = np.flatnonzero(batch.obs[:, 0] == 2)[0]
+    assert batch.reward[from_two] == pytest.approx(2 + 0.9 * 3)
+    assert batch.discount[from_two] == pytest.approx(0.81)
+    assert batch.next_obs[from_two, 0] == 4
+    assert batch.mask[from_two].tolist() == [True, True, False, False]
+    assert set(batch.actions.ravel().tolist()) <= {12.0, 13.0}
+
+
+def test_each_episode_is_copied_once() -> None:
+    online, demos = buffer(), buffer()
+    add(online, [0], terminated=False)
+    since = copy_interventions(online, demos)
+    add(online, [1, 2], terminated=False)
+    assert copy_interventions(online, demos, since=since) == 2
+    assert [count for _, count in demos.finished_episodes()] == [2, 3]
+
+
+def test_stretches_begin_and_end_at_observed_rows() -> None:
+    online, demos = buffer(), buffer()
+    observed = [True, False, True, False, True, False, True]  # decisions every second step
+    add(online, [1, 2, 3, 4], terminated=False, observed=observed)
+    add(online, [3], terminated=False, observed=observed)
+    copy_interventions(online, demos)
+    assert demos.num_episodes == 1
+    np.testing.assert_array_equal(demos.rows.actions[:2, 0], [12, 13])
+
+
+def test_conrft_policy_loss_has_the_gradient_of_imitation_minus_q() -> None:
+    """A policy with one parameter, a = tanh(theta * s): against central differences of the loss itself."""
+    config = CriticAgentConfig(critic=MLPCriticConfig(2, (16,), activation="gelu"))
+    agent, batch, key = CriticAgent(AgentSpec(OBS_DIM, HORIZON, ACTION_DIM), config), random_batch(4), jax.random.key(0)
+    state, data = agent.init(0), torch.from_numpy(batch.actions)
+    signal = torch.from_numpy(batch.next_obs[:, :2])[:, None].expand(-1, HORIZON, -1)
+
+    def whole(theta: float) -> float:
+        actions = torch.tanh(theta * signal)
+        q = to_torch(agent.values(state, batch.obs, to_jax(actions[None]), key))[0]
+        return float((0.1 * (actions - data).square().mean(dim=(1, 2)) - q).mean())
+
+    theta = torch.tensor(0.4, requires_grad=True)
+    actions = torch.tanh(theta * signal)
+    _, gradient = agent.action_gradient(state, batch.obs, to_jax(actions), key)
+    imitation = (actions - data).square().mean(dim=(1, 2))
+    conrft_policy_loss(conrft_online(), imitation, actions, to_torch(gradient)).mean().backward()
+    assert float(theta.grad) == pytest.approx((whole(0.41) - whole(0.39)) / 0.02, rel=1e-2)
+
+
+def test_conrft_stages_differ_as_published_and_share_the_critic() -> None:
+    offline, online = conrft_offline(), conrft_online()
+    assert (offline.bc_weight, offline.q_weight, online.bc_weight, online.q_weight) == (1.0, 0.0, 0.1, 1.0)
+    assert online.demo_share == 0.5
+    assert offline.critic.conservative is not None
+    assert online.critic.conservative is None
+    assert online.critic.critic == offline.critic.critic
