@@ -98,9 +98,8 @@ class Residual:
         batch, base, next_base = inputs
         state, keys = split_key(state, 2)
         head = self.config.critic.head
-        chunks = self._corrected(
-            state.params["actor"], batch.next_obs, next_base, jax.random.normal(keys[0], next_base.shape)
-        )
+        next_obs, noise = jnp.asarray(batch.next_obs), jax.random.normal(keys[0], next_base.shape)
+        chunks = self._corrected(state.params["actor"], next_obs, next_base, noise)
         seen_next = with_base(next_obs, next_base)
         values = candidate_values(self.critic, head, state.params["target_critic"], seen_next, chunks[None])[:, 0, :, 0]
         following = self.config.target_reduction(values, keys[1])
