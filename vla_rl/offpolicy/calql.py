@@ -134,10 +134,11 @@ def conservative_loss_of(
     and with 2 also at s'. All are valued at s."""
     chunks, log_probs = [random], []
     for noise_there, obs in zip(noise, (batch.obs, batch.next_obs), strict=False):
-        actions, log_prob = tanh_gaussian(*nets.actor(params["actor"], obs), noise_there)
+        mean, std = nets.actor(params["actor"], obs)
+        actions, log_prob = tanh_gaussian(mean, std, noise_there)
         chunks.append(actions)
         log_probs.append(log_prob)
-    values = chunk_values(nets, config.sac, critic, batch.obs, jnp.concatenate(chunks))
+    values = chunk_values(nets, config.sac, critic, jnp.asarray(batch.obs), jnp.concatenate(chunks))
     q_data = config.sac.critic.head.value(nets.critic(critic, batch.obs, batch.actions))
     if config.conservative.members is not None:
         members = config.conservative.members.members(member_key, values.shape[0])
@@ -148,7 +149,7 @@ def conservative_loss_of(
         q_data,
         q_random,
         q_policy,
-        batch.mc_return,
+        jnp.asarray(batch.mc_return),
         jnp.concatenate(log_probs),
         nets.spec.chunk_dim,
     )
@@ -162,6 +163,7 @@ def conservative_loss_of(
 def lagrange_term(config: ConservativeConfig, parameter: Params, gap: Array) -> Array:
     """multiplier * alpha * (gap - lagrange_gap): the critic goes down it and the multiplier up it, so it is zero as a
     number, and only its gradients are of use."""
+    assert config.lagrange_gap is not None
     multiplier, excess = temperature_of(parameter), config.alpha * (gap - config.lagrange_gap)
     return jax.lax.stop_gradient(multiplier) * excess - multiplier * jax.lax.stop_gradient(excess)
 

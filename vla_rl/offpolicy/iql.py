@@ -104,7 +104,13 @@ def data_values(
     nets: IQLNetworks, config: IQLConfig, params: dict[str, Params], batch: ReplayBatch, key: Array
 ) -> Array:
     """Q(s, a) [B] of the data's chunks by the target critics, that of the longest prefix."""
-    values = candidate_values(nets.critic, config.critic.head, params["target_critic"], batch.obs, batch.actions[None])
+    values = candidate_values(
+        nets.critic,
+        config.critic.head,
+        params["target_critic"],
+        jnp.asarray(batch.obs),
+        jnp.asarray(batch.actions)[None],
+    )
     return config.reduction(values[:, 0, :, -1], key)
 
 
@@ -130,7 +136,7 @@ def actor_loss(
 ) -> tuple[Array, Metrics]:
     """-min(exp(beta (Q - V)), max_weight) * log pi(a | s), over executed steps only (equation 7)."""
     mean, std = nets.actor(actor, batch.obs)
-    steps = gaussian_log_density(batch.actions, jnp.tanh(mean), std).sum(axis=-1)
+    steps = gaussian_log_density(jnp.asarray(batch.actions), jnp.tanh(mean), std).sum(axis=-1)
     log_prob = steps.sum(axis=-1, where=batch.mask)
     advantage = q_data - nets.value(params["value"], batch.obs)[:, 0]
     weights = advantage_weights(advantage, config.inverse_temperature, config.max_weight)
