@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from vla_rl.envs.point_maze import make_point_maze
 from vla_rl.envs.tabletop import make_tabletop
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.sim.scene import SceneConfig
@@ -36,6 +37,16 @@ class EnvConfig:
         """Control steps a second of simulated time."""
         return SceneConfig().control_hz
 
+    @property
+    def for_demos(self) -> EnvConfig:
+        """Where demonstrations are recorded: here."""
+        return self
+
+    @property
+    def blind(self) -> EnvConfig:
+        """The same without cameras, for whoever needs none."""
+        return replace(self, cameras=())
+
     def make(
         self,
         num_envs: int,
@@ -62,3 +73,65 @@ class EnvConfig:
             engine=self.engine,
             device=self.device,
         )
+
+
+@dataclass(frozen=True)
+class PointMazeConfig:
+    """A point maze; see `vla_rl.envs.point_maze`. It has no cameras, and needs no simulator.
+
+    `start`: "broad" or "far", where episodes of training and evaluation begin; `demo_start`: those of demonstrations.
+    """
+
+    layout: str = "wall_gap"
+    start: str = "far"
+    demo_start: str = "broad"
+    max_episode_steps: int = 60
+
+    @property
+    def task(self) -> str:
+        """Name of the task in results."""
+        return f"point_maze/{self.layout}"
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def control_hz(self) -> float:
+        """Control steps a second."""
+        return 20.0
+
+    @property
+    def for_demos(self) -> PointMazeConfig:
+        """Where demonstrations are recorded: from `demo_start`."""
+        return replace(self, start=self.demo_start)
+
+    @property
+    def blind(self) -> PointMazeConfig:
+        """The same: there are no cameras."""
+        return self
+
+    def make(
+        self,
+        num_envs: int,
+        *,
+        split: str,
+        auto_reset: bool = False,
+        final_images: bool = False,
+        task: str | None = None,
+    ) -> ChunkedEnv:
+        """`num_envs` environments of `split`. Raises ValueError for another `task` than this one."""
+        del final_images
+        if task not in (None, self.task):
+            raise ValueError(f"the recipe's task is {self.task!r}, and there is no other: {task!r} was asked for")
+        return make_point_maze(
+            num_envs,
+            self.layout,
+            start=self.start,
+            max_episode_steps=self.max_episode_steps,
+            split=split,
+            auto_reset=auto_reset,
+        )
+
+
+AnyEnvConfig = EnvConfig | PointMazeConfig

@@ -11,7 +11,7 @@ the maze. Offline data with broad starts and online episodes with far ones diffe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -27,6 +27,7 @@ from vla_rl.protocols import StepOutcome
 STEP_LENGTH = 0.1
 GOAL_RADIUS = 0.1
 STARTS = ("broad", "far")
+SPLITS = ("train", "test")
 # '#' wall, '.' free, 'G' the goal's cells, 'F' where far episodes begin; the border is wall
 LAYOUTS = {
     "wall_gap": (
@@ -69,6 +70,7 @@ _MAX_DETOURS = 4
 _INSTRUCTION = "reach the goal"
 _WALL_MARGIN = 1e-3
 _PICTURE = 64
+_TEST_STREAM, _BEHAVIOUR_STREAM = 0x7E57, 0xBE
 
 
 @dataclass(frozen=True)
@@ -157,13 +159,19 @@ def _next_cells(free: np.ndarray) -> np.ndarray:
 
 
 class PointMazeEnv:
-    """A `StepEnv`. State [N, 4]: position x, y and goal x, y."""
+    """A `StepEnv`. State [N, 4]: position x, y and goal x, y. A seed means another start and goal in each split."""
 
     def __init__(
-        self, num_envs: int, layout: str = "wall_gap", start: str = "broad", max_episode_steps: int = 60
+        self,
+        num_envs: int,
+        layout: str = "wall_gap",
+        start: str = "broad",
+        max_episode_steps: int = 60,
+        split: str = "train",
     ) -> None:
-        if start not in STARTS:
-            raise ValueError(f"point maze: start must be one of {', '.join(STARTS)}, got {start!r}")
+        for name, value, known in (("start", start, STARTS), ("split", split, SPLITS)):
+            if value not in known:
+                raise ValueError(f"point maze: {name} must be one of {', '.join(known)}, got {value!r}")
         self.num_envs = num_envs
         self.maze = load_maze(layout)
         self.spec = EnvSpec(
@@ -179,17 +187,22 @@ class PointMazeEnv:
         self._goal_cells = self.maze.goal.flatten().nonzero().flatten()
         self._position = torch.zeros(num_envs, 2)
         self._goal = torch.zeros(num_envs, 2)
+        self._streams = () if split == "train" else (_TEST_STREAM,)
+        self.seeds = torch.zeros(num_envs, dtype=torch.int64)
+        self.episode_steps = torch.zeros(num_envs, dtype=torch.int64)
 
     def reset(self, env_ids: Tensor, seeds: Tensor) -> None:
         """Start and goal are uniform over the middle 80 % of one of their cells."""
-        draws = np.array([np.random.default_rng(int(s)).random(6) for s in seeds], dtype=np.float32).reshape(-1, 6)
-        draws = torch.from_numpy(draws)
+        rngs = [np.random.default_rng([*self._streams, int(s)]) for s in seeds]
+        draws = torch.from_numpy(np.array([rng.random(6) for rng in rngs], dtype=np.float32).reshape(-1, 6))
+        self.seeds[env_ids], self.episode_steps[env_ids] = seeds, 0
         self._position[env_ids] = self._point_in(self._start_cells, draws[:, :3])
         self._goal[env_ids] = self._point_in(self._goal_cells, draws[:, 3:])
 
     def step(self, actions: Tensor, active: Tensor) -> StepOutcome:
         moved = self.maze.move(self._position, STEP_LENGTH * self.spec.action.clamp(actions))
         self._position = torch.where(active[:, None], moved, self._position)
+        self.episode_steps += active
         success = (self._position - self._goal).norm(dim=1) < GOAL_RADIUS
         return StepOutcome(
             reward=success.float(), terminated=success, truncated=torch.zeros_like(success), success=success
@@ -216,10 +229,16 @@ class PointMazeEnv:
         return picture
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self._position.clone(), "goal": self._goal.clone()}
+        return {
+            "position": self._position.clone(),
+            "goal": self._goal.clone(),
+            "seeds": self.seeds.clone(),
+            "episode_steps": self.episode_steps.clone(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._position, self._goal = state["position"].clone(), state["goal"].clone()
+        self.seeds, self.episode_steps = state["seeds"].clone(), state["episode_steps"].clone()
 
     def close(self) -> None:
         """Nothing to close."""
@@ -236,10 +255,11 @@ def make_point_maze(
     *,
     start: str = "broad",
     max_episode_steps: int = 60,
+    split: str = "train",
     auto_reset: bool = True,
 ) -> ChunkedEnv:
-    """`layout`: a name in `LAYOUTS`. `start`: "broad" or "far"."""
-    return ChunkedEnv(PointMazeEnv(num_envs, layout, start, max_episode_steps), auto_reset=auto_reset)
+    """`layout`: a name in `LAYOUTS`. `start`: "broad" or "far". `split`: "train" or "test"."""
+    return ChunkedEnv(PointMazeEnv(num_envs, layout, start, max_episode_steps, split), auto_reset=auto_reset)
 
 
 # ------------------------------------------------------------------------------------------------ scripted behaviour
@@ -252,6 +272,74 @@ def waypoint_actions(maze: Maze, position: Tensor, target: Tensor) -> Tensor:
     return delta / delta.abs().amax(dim=1, keepdim=True).clamp(min=1.0)
 
 
+@dataclass(frozen=True)
+class WaypointConfig:
+    """How the scripted behaviour deviates from a shortest way at full speed; the defaults are the expert at its best.
+
+    `noise`: standard deviation of what is added to every action. `detour_chance`: of an episode with one to four random
+    cells to visit before the goal (None: the layout's, which leaves about two in three episodes successful in 60 steps
+    with `noise` 0.5). `min_speed`: each episode has a speed from there to 1.
+    """
+
+    noise: float = 0.0
+    detour_chance: float | None = 0.0
+    min_speed: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.noise < 0.0 or not 0.0 < self.min_speed <= 1.0 or not 0.0 <= (self.detour_chance or 0.0) <= 1.0:
+            raise ValueError(
+                f"WaypointConfig needs noise >= 0, detour_chance in [0, 1] and min_speed in (0, 1], got {self}"
+            )
+
+
+BROAD_BEHAVIOUR = WaypointConfig(noise=0.5, detour_chance=None, min_speed=0.5)
+
+
+class WaypointExpert:
+    """Acts in a point maze. An episode's speed, detours and noise follow from its seed, whatever runs beside it."""
+
+    def __init__(self, env: ChunkedEnv | PointMazeEnv, config: WaypointConfig | None = None) -> None:
+        inner = env.step_env if isinstance(env, ChunkedEnv) else env
+        if not isinstance(inner, PointMazeEnv):
+            raise TypeError(f"WaypointExpert acts in point mazes, not in {type(inner).__name__}")
+        self._env, config = inner, config or WaypointConfig()
+        if config.detour_chance is None:
+            config = replace(config, detour_chance=_DETOUR_CHANCE[inner.spec.name.rpartition("/")[2]])
+        self.config, n = config, inner.num_envs
+        self._free = inner.maze.free.flatten().nonzero().flatten()
+        self._speed = torch.ones(n, 1)
+        self._detours = torch.zeros(n, _MAX_DETOURS, 2)
+        self._leg = torch.full((n,), _MAX_DETOURS)  # the next detour; the last is followed by the goal
+        self._noise = torch.zeros(n, inner.spec.max_episode_steps or 0, 2)
+
+    def __call__(self) -> Tensor:
+        """A chunk of one action, float32 [N, 1, 2]."""
+        env, rows = self._env, torch.arange(self._env.num_envs)
+        for i in (env.episode_steps == 0).nonzero().flatten().tolist():
+            self._begin(i)
+        position, goal = env.observe(rows, False).state.split(2, dim=1)
+        self._leg += self._arrived(position)
+        target = torch.cat([self._detours, goal[:, None]], dim=1)[rows, self._leg]
+        step = env.episode_steps.clamp(max=self._noise.shape[1] - 1)
+        action = self._speed * waypoint_actions(env.maze, position, target) + self._noise[rows, step]
+        return env.spec.action.clamp(action)[:, None]
+
+    def _arrived(self, position: Tensor) -> Tensor:
+        """bool [N]: at the detour that is being made."""
+        at = self._leg.clamp(max=_MAX_DETOURS - 1)
+        distance = (position - self._detours[torch.arange(len(at)), at]).norm(dim=1)
+        return (self._leg < _MAX_DETOURS) & (distance < self._env.maze.cell_width / 2) & (self._env.episode_steps > 0)
+
+    def _begin(self, i: int) -> None:
+        config, rng = self.config, np.random.default_rng([_BEHAVIOUR_STREAM, int(self._env.seeds[i])])
+        self._speed[i] = config.min_speed + (1.0 - config.min_speed) * rng.random()
+        cells = self._free[torch.from_numpy(rng.integers(len(self._free), size=_MAX_DETOURS))]
+        self._detours[i] = self._env.maze.centres[cells]
+        num_detours = int(rng.integers(1, _MAX_DETOURS + 1))
+        self._leg[i] = _MAX_DETOURS - num_detours * (rng.random() < (config.detour_chance or 0.0))
+        self._noise[i] = torch.from_numpy(config.noise * rng.standard_normal(self._noise.shape[1:]))
+
+
 def waypoint_episodes(
     layout: str,
     num_episodes: int,
@@ -262,39 +350,22 @@ def waypoint_episodes(
     detour_chance: float | None = None,
     max_episode_steps: int = 60,
 ) -> list[StateEpisode]:
-    """Broad behaviour of mixed quality; with the defaults about two in three episodes reach the goal in time.
-
-    Each episode has a speed (half to full) and, with `detour_chance` (None: the layout's), one to four random cells to
-    visit before the goal; `noise` is the standard deviation of what is added to every action. Failures are kept.
-    """
-    rng = torch.Generator().manual_seed(seed)
+    """Broad behaviour of mixed quality (`BROAD_BEHAVIOUR`) without a dataset's files; failures are kept."""
     env = PointMazeEnv(num_episodes, layout, start, max_episode_steps)
-    maze, ids = env.maze, torch.arange(num_episodes)
-    env.reset(ids, torch.randint(2**62, (num_episodes,), generator=rng))
-    goal = env.observe(ids, False).state[:, 2:]
-    free = maze.free.flatten().nonzero().flatten()
-    detours = maze.centres[free[torch.randint(len(free), (num_episodes, _MAX_DETOURS), generator=rng)]]
-    targets = torch.cat([detours, goal[:, None]], dim=1)
-    num_detours = torch.randint(1, _MAX_DETOURS + 1, (num_episodes,), generator=rng)
-    chance = _DETOUR_CHANCE[layout] if detour_chance is None else detour_chance
-    leg = _MAX_DETOURS - num_detours * (torch.rand(num_episodes, generator=rng) < chance)
-    speed = 0.5 + 0.5 * torch.rand(num_episodes, 1, generator=rng)
-
+    expert = WaypointExpert(env, replace(BROAD_BEHAVIOUR, noise=noise, detour_chance=detour_chance))
+    ids = torch.arange(num_episodes)
+    env.reset(ids, torch.randint(2**62, (num_episodes,), generator=torch.Generator().manual_seed(seed)))
     states, actions, rewards = [env.observe(ids, False).state], [], []
     terminated = torch.zeros(num_episodes, dtype=torch.bool)
     length = torch.zeros(num_episodes, dtype=torch.int64)
     for _ in range(max_episode_steps):
-        position, target = states[-1][:, :2], targets[ids, leg]
-        wanted = speed * waypoint_actions(maze, position, target)
-        action = env.spec.action.clamp(wanted + noise * torch.randn(num_episodes, 2, generator=rng))
+        action = expert()[:, 0]
         outcome = env.step(action, ~terminated)
         length += ~terminated
         terminated |= outcome.terminated
         states.append(env.observe(ids, False).state)
         actions.append(action)
         rewards.append(outcome.reward)
-        arrived = (states[-1][:, :2] - target).norm(dim=1) < maze.cell_width / 2
-        leg = (leg + arrived).clamp(max=_MAX_DETOURS)
     all_states, all_actions = torch.stack(states, dim=1).numpy(), torch.stack(actions, dim=1).numpy()
     all_rewards = torch.stack(rewards, dim=1).numpy()
     return [

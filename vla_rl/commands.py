@@ -68,7 +68,7 @@ def run_command(argv: list[str]) -> int:
     """All stages of a recipe, and the report."""
     o = _parse_with_recipe(RunOptions, argv, "run")
     result = run_pipeline(o.recipe, o.run_dir, resume=o.resume, control=o.control)
-    for who in ("sft", "offline", "rl", "control", "expert"):
+    for who in ("start", "sft", "cloned", "offline", "rl", "control", "expert"):
         if who in result.summary:
             rate = result.summary[who]
             print(f"{who:8} {rate['success_rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] n={rate['n']}")

@@ -28,7 +28,7 @@ def _one_thread():
 
 def make_env(position, goal=(0.7, -0.7), layout="wall_gap"):
     env = PointMazeEnv(1, layout)
-    env.load_state_dict({"position": torch.tensor([position]), "goal": torch.tensor([goal])})
+    env.load_state_dict(env.state_dict() | {"position": torch.tensor([position]), "goal": torch.tensor([goal])})
     return env
 
 

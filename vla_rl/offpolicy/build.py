@@ -5,11 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from vla_rl.offpolicy.calql import CalQL, CalQLConfig
+from vla_rl.offpolicy.co_rft import BehaviorCloning, BehaviorCloningConfig, CoRFT, CoRFTConfig
+from vla_rl.offpolicy.iql import IQL, IQLConfig
 from vla_rl.offpolicy.networks import AgentSpec
+from vla_rl.offpolicy.qc import QC, QCConfig
 from vla_rl.offpolicy.sac import SAC, SACConfig
+from vla_rl.offpolicy.td3 import TD3, TD3Config
 
-AgentConfig = SACConfig | CalQLConfig
-_AGENTS: dict[type, Any] = {SACConfig: SAC, CalQLConfig: CalQL}
+# Agents that act by themselves. RLPD and WSRL's online phase are SAC, CQL is Cal-QL without calibration, FQL is QC.
+AgentConfig = SACConfig | CalQLConfig | IQLConfig | TD3Config | CoRFTConfig | BehaviorCloningConfig | QCConfig
+_AGENTS: dict[type, Any] = {
+    SACConfig: SAC,
+    CalQLConfig: CalQL,
+    IQLConfig: IQL,
+    TD3Config: TD3,
+    CoRFTConfig: CoRFT,
+    BehaviorCloningConfig: BehaviorCloning,
+    QCConfig: QC,
+}
 
 
 def build_agent(config: AgentConfig, spec: AgentSpec) -> Any:

@@ -86,3 +86,8 @@ class AgentLearner:
         if carried.generator:
             self._generator.set_state(offline._generator.get_state())
         self.publish()
+
+    def start_from_clone(self, cloned: AgentLearner, seed: int) -> None:
+        """Begin with the actor of behaviour cloning (stage 1 of CO-RFT). Raises ValueError for another network's."""
+        self.state = self.agent.init_from(cloned.state, seed)
+        self.publish()

@@ -212,7 +212,8 @@ def run_iterations(
             if evaluate is not None and _is_due(done, schedule.eval_interval, total):
                 metrics |= evaluate()
             log.log(done, metrics)
-            progress.update(done, success=metrics.get("rollout/success_rate", float("nan")))
+            shown = {"success": metrics[name] for name in ("rollout/success_rate",) if name in metrics}
+            progress.update(done, **shown)
             if done % schedule.checkpoint_interval == 0 and done < total:
                 trainer.save(run_dir)
         trainer.save(run_dir)

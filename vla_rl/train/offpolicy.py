@@ -21,6 +21,7 @@ from vla_rl.data.replay_mixing import MixedReplay
 from vla_rl.data.replay_writer import EpisodeWriter
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.offpolicy.build import AgentConfig
+from vla_rl.offpolicy.co_rft import CoRFTConfig
 from vla_rl.offpolicy.policy_learner import PolicyLearnerConfig
 from vla_rl.offpolicy.wsrl import CarryOver
 from vla_rl.policies.checkpoints.config_json import config_to_dict
@@ -28,6 +29,8 @@ from vla_rl.policies.checkpoints.native import save_policy
 from vla_rl.train.checkpoint import load_state, require_same_config, save_state
 from vla_rl.train.loop import POLICY_FOLDER, STATE_FILE
 from vla_rl.train.metrics import Metrics
+
+MAY_CHANGE = ("num_updates", "num_env_steps", "eval_interval", "checkpoint_interval")  # across a resume
 
 
 class ReplayLearner(Protocol):
@@ -73,7 +76,10 @@ class OfflineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "num_updates", "batch_size", "updates_per_call", "updates_per_iteration")
+        _at_least_one(
+            self, "num_updates", "batch_size", "updates_per_call", "updates_per_iteration", "checkpoint_interval"
+        )
+        _not_negative(self, "eval_interval")
         if self.updates_per_iteration % self.updates_per_call or self.num_updates % self.updates_per_iteration:
             raise ValueError(
                 f"num_updates {self.num_updates} must be whole iterations of {self.updates_per_iteration} updates, "
@@ -93,7 +99,8 @@ class OnlineConfig:
     frozen policy before the first update (WSRL's K), and never fewer than the first update draws rows;
     `random_env_steps`: the first so many are uniform (RLPD).
     `utd_ratio`: critic updates a control step, `updates_per_call` of them before each of the actor. `offline_ratio`:
-    share of offline rows in each minibatch, 0 keeps no offline data. `observe_every_step`: every control step is a
+    share of offline rows in each minibatch, 0 keeps no offline data; `offline_in_buffer`: the buffer begins with them
+    instead, and they give way to new ones (Q-chunking). `observe_every_step`: every control step is a
     start to learn from, and pictures are rendered there; else only decisions are. Intervals count iterations of
     `env_steps_per_iteration`.
     """
@@ -107,6 +114,7 @@ class OnlineConfig:
     updates_per_call: int = 4
     batch_size: int = 256
     offline_ratio: float = 0.0
+    offline_in_buffer: bool = False
     observe_every_step: bool = True
     carried: CarryOver = field(default_factory=CarryOver)
     env_steps_per_iteration: int = 250
@@ -115,7 +123,11 @@ class OnlineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "num_env_steps", "num_envs", "execution_horizon", "updates_per_call", "batch_size")
+        _at_least_one(
+            self, "num_env_steps", "num_envs", "execution_horizon", "updates_per_call", "batch_size",
+            "env_steps_per_iteration", "checkpoint_interval",
+        )  # fmt: skip
+        _not_negative(self, "eval_interval", "warmup_env_steps", "random_env_steps")
         if self.utd_ratio <= 0.0 or not 0.0 <= self.offline_ratio <= 1.0:
             raise ValueError(
                 f"expected utd_ratio > 0 and offline_ratio in [0, 1], got {self.utd_ratio}, {self.offline_ratio}"
@@ -131,6 +143,20 @@ class OnlineConfig:
     def num_iterations(self) -> int:
         return self.num_env_steps // self.env_steps_per_iteration
 
+    @property
+    def needs_offline_data(self) -> bool:
+        return self.offline_ratio > 0.0 or self.offline_in_buffer
+
+    def require_horizon(self, horizon: int) -> None:
+        """Raise ValueError where chunks of `horizon` steps do not fit how they are executed and observed."""
+        if not 1 <= self.execution_horizon <= horizon:
+            raise ValueError(f"execution_horizon is {self.execution_horizon}, a chunk has {horizon} steps")
+        if not self.observe_every_step and self.execution_horizon != horizon:
+            raise ValueError(
+                "where only decisions are observed the critic's chunk must be the executed one: set execution_horizon "
+                f"to {horizon}, or observe_every_step"
+            )
+
 
 @dataclass(frozen=True)
 class OffPolicyConfig:
@@ -138,13 +164,15 @@ class OffPolicyConfig:
 
     `agent`: what learns; one of its own that sees the state alone, or a `PolicyLearnerConfig`, which improves the
     policy of supervised fine-tuning. `online_agent`: after the switch (None: the same). `horizon`: steps of a chunk.
-    Both stages read the same `replay`; its reward scale and bias must be one, as the values are.
+    `cloning`: behaviour cloning of the actor before `offline`, stage 1 of CO-RFT.
+    All stages read the same `replay`; its reward scale and bias must be one, as the values are.
     """
 
     agent: AgentConfig | PolicyLearnerConfig = field(default_factory=PolicyLearnerConfig)
     online_agent: AgentConfig | PolicyLearnerConfig | None = None
     replay: ReplayConfig = field(default_factory=lambda: ReplayConfig(capacity=100_000, gamma=0.99))
     horizon: int = 4
+    cloning: OfflineConfig | None = None
     offline: OfflineConfig | None = None
     online: OnlineConfig | None = None
 
@@ -152,12 +180,20 @@ class OffPolicyConfig:
         _at_least_one(self, "horizon")
         if self.offline is None and self.online is None:
             raise ValueError("OffPolicyConfig needs offline, online or both")
+        if self.cloning is not None and (not isinstance(self.agent, CoRFTConfig) or self.offline is None):
+            raise ValueError("OffPolicyConfig.cloning is for a CoRFTConfig and an offline stage after it")
         if self.online_agent is not None and self.online is None:
             raise ValueError("OffPolicyConfig.online_agent has no effect without online")
         if (self.online_agent is not None) and self.improves_policy != isinstance(
             self.online_agent, PolicyLearnerConfig
         ):
             raise ValueError("agent and online_agent must both improve a policy, or both act by themselves")
+        if self.online_agent is not None and self.offline is None:
+            raise ValueError("OffPolicyConfig.online_agent is that after the switch: without offline there is none")
+        if self.online is not None:
+            self.online.require_horizon(self.horizon)
+            if self.offline is None and self.online.carried != CarryOver():
+                raise ValueError("OnlineConfig.carried has no effect without offline: nothing crosses")
 
     @property
     def improves_policy(self) -> bool:
@@ -170,19 +206,21 @@ class OffPolicyConfig:
         return self.horizon if self.online is None else self.online.execution_horizon
 
     def with_seed(self, seed: int) -> OffPolicyConfig:
-        """The same with another seed in both stages."""
-        offline, online = self.offline, self.online
-        return replace(
-            self,
-            offline=None if offline is None else replace(offline, seed=seed),
-            online=None if online is None else replace(online, seed=seed),
-        )
+        """The same with another seed in every stage."""
+        stages = {name: getattr(self, name) for name in ("cloning", "offline", "online")}
+        return replace(self, **{name: replace(stage, seed=seed) for name, stage in stages.items() if stage is not None})
 
 
 def _at_least_one(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{type(config).__name__}.{name} is {getattr(config, name)}, expected at least 1")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 0:
+            raise ValueError(f"{type(config).__name__}.{name} is {getattr(config, name)}, expected at least 0")
 
 
 def online_buffer(config: ReplayConfig, spec: EnvSpec, num_envs: int, feature_dim: int = 0) -> ReplayBuffer:
@@ -252,15 +290,7 @@ class OnlineTrainer:
         config: OnlineConfig,
         offline: ReplayBuffer | None = None,
     ) -> None:
-        if not 1 <= config.execution_horizon <= learner.horizon:
-            raise ValueError(
-                f"execution_horizon is {config.execution_horizon}, the policy predicts {learner.horizon} steps"
-            )
-        if not config.observe_every_step and config.execution_horizon != learner.horizon:
-            raise ValueError(
-                "where only decisions are observed the critic's chunk must be the executed one: set execution_horizon "
-                f"to {learner.horizon}, or observe_every_step"
-            )
+        config.require_horizon(learner.horizon)
         if (offline is not None) != (config.offline_ratio > 0.0):
             raise ValueError(
                 f"offline_ratio is {config.offline_ratio}: give offline data where it is above 0, only then"
@@ -391,8 +421,7 @@ def _save(trainer: OfflineTrainer | OnlineTrainer, run_dir: Path, more: Mapping[
 def _load(trainer: OfflineTrainer | OnlineTrainer, run_dir: Path) -> dict[str, Any]:
     path = run_dir / STATE_FILE
     state = load_state(path)
-    may_change = ("num_updates", "num_env_steps", "eval_interval", "checkpoint_interval")
-    require_same_config(state["config"], trainer.config, may_change, path)
+    require_same_config(state["config"], trainer.config, MAY_CHANGE, path)
     trainer.learner.load_state_dict(state["learner"])
     trainer._rng.bit_generator.state = state["rng"]
     trainer.num_iterations = int(state["num_iterations"])

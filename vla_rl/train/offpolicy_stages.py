@@ -1,4 +1,4 @@
-"""Reinforcement learning from replay as stages of a run: `offline/`, then `online/`; each resumes by itself."""
+"""Reinforcement learning from replay as stages of a run: `cloning/`, `offline/`, `online/`; each resumes by itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import torch
 from torch import nn
 
@@ -17,14 +18,19 @@ from vla_rl.data.normalization import Normalizer
 from vla_rl.data.replay import ReplayBuffer, ReplayConfig
 from vla_rl.data.replay_writer import add_lerobot
 from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.offpolicy.build import build_agent
+from vla_rl.offpolicy.co_rft import BehaviorCloningConfig, CoRFTConfig
 from vla_rl.offpolicy.learner import AgentLearner
+from vla_rl.offpolicy.networks import AgentSpec
 from vla_rl.offpolicy.policy_learner import PolicyLearner, PolicyLearnerConfig
+from vla_rl.offpolicy.wsrl import carry_over
 from vla_rl.policies.agent import AgentPolicy, AgentPolicyConfig
 from vla_rl.policies.checkpoints.native import save_policy
-from vla_rl.train.loop import POLICY_FOLDER, TrainResult, run_iterations
+from vla_rl.train.checkpoint import load_state
+from vla_rl.train.loop import POLICY_FOLDER, STATE_FILE, TrainResult, run_iterations
 from vla_rl.train.offpolicy import OfflineTrainer, OffPolicyConfig, OnlineTrainer, online_buffer
 
-OFFLINE_FOLDER, ONLINE_FOLDER = "offline", "online"
+CLONING_FOLDER, OFFLINE_FOLDER, ONLINE_FOLDER = "cloning", "offline", "online"
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 
@@ -44,6 +50,28 @@ def build_learner(
     low, high = torch.tensor(spec.action.low), torch.tensor(spec.action.high)
     agent.set_normalization(state, Normalizer.bounds(low, high, kind="min_max"))
     return AgentLearner(agent, seed)
+
+
+def check_stages(config: OffPolicyConfig, spec: EnvSpec, policy: nn.Module | None) -> None:
+    """Raise ValueError or TypeError where what the stages learn with, or the switch between, does not fit.
+
+    `policy`: a new one of the recipe's, where the recipe improves one. Shapes alone are followed: nothing is computed.
+    """
+
+    def agent_of(agent: Any) -> Any:
+        if isinstance(agent, PolicyLearnerConfig):
+            return build_learner(agent, spec, config.horizon, policy=policy, dataset=None, seed=0).agent
+        return build_agent(agent, AgentSpec(spec.state_dim, config.horizon, spec.action.dim))
+
+    def first_states() -> Any:
+        first = agent_of(config.agent)
+        last = first if config.online_agent is None else agent_of(config.online_agent)
+        state = first.init(0)
+        if config.offline is not None and config.online is not None:
+            return carry_over(state, last, config.online.carried, 0)
+        return state
+
+    jax.eval_shape(first_states)
 
 
 def demo_buffer(config: ReplayConfig, dataset: LeRobotDataset, spec: EnvSpec, feature_dim: int) -> ReplayBuffer:
@@ -67,27 +95,28 @@ def reinforce_from_replay(
     make_env: Callable[[int], ChunkedEnv],
     run_dir: Path,
     *,
-    policy: Callable[[], nn.Module] | None,
+    policy: Callable[[EnvSpec], nn.Module] | None,
     dataset_path: Path | None,
     resume: bool,
     evaluate: Evaluate | None = None,
 ) -> TrainResult:
-    """Both stages of `config`; at the end the policy lies in `run_dir/policy`.
+    """All stages of `config`; at the end the policy lies in `run_dir/policy`.
 
-    `make_env(n)`: n environments with auto-reset. `policy()`: a fresh copy of the one to improve. `dataset_path`:
-    demonstrations, which the offline stage and `offline_ratio` need. `evaluate(policy)`: metrics for the curve.
+    `make_env(n)`: n environments with auto-reset. `policy(spec)`: a fresh copy of the one to improve, which must be for
+    environments of `spec`. `dataset_path`: demonstrations, which the offline stage and `offline_ratio` need.
+    `evaluate(policy)`: metrics for the curve.
+
+    After Ctrl-C in a stage the result is not finished where another follows, even if it came in the last iteration.
     """
     env = make_env(1 if config.online is None else config.online.num_envs)
     try:
         stages = _Stages(config, env, run_dir, policy, dataset_path, resume, evaluate)
-        result = stages.offline() if config.offline is not None else None
-        if config.online is not None and (result is None or result.finished):
-            result = stages.online()
+        result = stages.run()
     finally:
         env.close()
-    assert result is not None
-    if result.finished:
-        save_policy(stages.learner.policy, run_dir / POLICY_FOLDER, spec=env.spec)
+    if not result.finished:
+        return result
+    save_policy(stages.learner.policy, run_dir / POLICY_FOLDER, spec=env.spec)
     return replace(result, policy_folder=run_dir / POLICY_FOLDER)
 
 
@@ -97,22 +126,52 @@ class _Stages:
         config: OffPolicyConfig,
         env: ChunkedEnv,
         run_dir: Path,
-        policy: Callable[[], nn.Module] | None,
+        policy: Callable[[EnvSpec], nn.Module] | None,
         dataset_path: Path | None,
         resume: bool,
         evaluate: Evaluate | None,
     ) -> None:
         self.config, self.env, self.run_dir, self.resume = config, env, run_dir, resume
         self._policy, self._evaluate = policy, evaluate
-        needs_data = config.offline is not None or (config.online is not None and config.online.offline_ratio > 0.0)
+        needs_data = config.offline is not None or (config.online is not None and config.online.needs_offline_data)
         if needs_data and dataset_path is None:
             raise ValueError("this recipe learns from demonstrations; give them with --dataset")
         self._dataset = None if dataset_path is None else LeRobotDataset(dataset_path)
         self._demos: ReplayBuffer | None = None
         self.learner: Any = None
 
+    def run(self) -> TrainResult:
+        """What the recipe has, one after the other."""
+        config, wall_s = self.config, 0.0
+        parts = (
+            (CLONING_FOLDER, config.cloning, self.cloning),
+            (OFFLINE_FOLDER, config.offline, self.offline),
+            (ONLINE_FOLDER, config.online, self.online),
+        )
+        todo = [(folder, schedule, stage) for folder, schedule, stage in parts if schedule is not None]
+        for i, (folder, schedule, stage) in enumerate(todo):
+            following = None if i + 1 == len(todo) else todo[i + 1][0]
+            self._require_not_passed(folder, schedule, following)
+            result = stage()
+            wall_s += result.wall_s
+            if following is not None and (result.interrupted or not result.finished):
+                return replace(result, finished=False, wall_s=wall_s)
+        return replace(result, wall_s=wall_s)
+
+    def _require_not_passed(self, folder: str, schedule: Any, following: str | None) -> None:
+        """A stage from which the next has already begun is over: it cannot be made longer any more."""
+        state = self.run_dir / folder / STATE_FILE
+        if following is None or not self.resume or not (self.run_dir / following / STATE_FILE).exists():
+            return
+        done = int(load_state(state)["num_iterations"])
+        if done != schedule.num_iterations:
+            raise ValueError(
+                f"stage {following} in {self.run_dir} began after {done} iterations of stage {folder}, not "
+                f"{schedule.num_iterations}; resume with as many as there were, or choose another --run-dir"
+            )
+
     def _build(self, agent: Any, seed: int) -> Any:
-        policy = self._policy() if self._policy is not None and self.config.improves_policy else None
+        policy = self._policy(self.env.spec) if self._policy is not None and self.config.improves_policy else None
         return build_learner(agent, self.env.spec, self.config.horizon, policy=policy, dataset=self._dataset, seed=seed)
 
     def _demo_buffer(self) -> ReplayBuffer:
@@ -126,10 +185,21 @@ class _Stages:
         assert self._evaluate is not None
         return self._evaluate(self.learner.policy)
 
+    def cloning(self) -> TrainResult:
+        config, agent = self.config.cloning, self.config.agent
+        assert config is not None
+        assert isinstance(agent, CoRFTConfig)
+        self.learner = self._build(BehaviorCloningConfig(agent.td3.actor), config.seed)
+        return self._run(
+            OfflineTrainer(self.learner, self._demo_buffer(), config, self.env.spec), CLONING_FOLDER, config
+        )
+
     def offline(self) -> TrainResult:
-        config = self.config.offline
+        config, cloned = self.config.offline, self.learner
         assert config is not None
         self.learner = self._build(self.config.agent, config.seed)
+        if cloned is not None:
+            self.learner.start_from_clone(cloned, config.seed)
         trainer = OfflineTrainer(self.learner, self._demo_buffer(), config, self.env.spec)
         return self._run(trainer, OFFLINE_FOLDER, config)
 
@@ -141,10 +211,14 @@ class _Stages:
         if offline is not None:
             self.learner.switch_from(offline, config.carried, config.seed)
         feature_dim = getattr(self.learner, "feature_dim", 0)
+        buffer = online_buffer(self.config.replay, self.env.spec, config.num_envs, feature_dim)
+        if config.offline_in_buffer:
+            assert self._dataset is not None
+            add_lerobot(buffer, self._dataset)
         trainer = OnlineTrainer(
             self.learner,
             self.env,
-            online_buffer(self.config.replay, self.env.spec, config.num_envs, feature_dim),
+            buffer,
             config,
             self._demo_buffer() if config.offline_ratio > 0.0 else None,
         )
@@ -161,4 +235,12 @@ class _Stages:
         )
 
 
-__all__ = ["OFFLINE_FOLDER", "ONLINE_FOLDER", "build_learner", "demo_buffer", "reinforce_from_replay"]
+__all__ = [
+    "CLONING_FOLDER",
+    "OFFLINE_FOLDER",
+    "ONLINE_FOLDER",
+    "build_learner",
+    "check_stages",
+    "demo_buffer",
+    "reinforce_from_replay",
+]

@@ -26,7 +26,7 @@ from vla_rl.evaluation.result import EvalResult
 from vla_rl.rollout.recorder import Recording
 from vla_rl.train.loop import POLICY_FOLDER
 from vla_rl.train.metrics import METRICS_FILE
-from vla_rl.train.offpolicy_stages import OFFLINE_FOLDER, ONLINE_FOLDER
+from vla_rl.train.offpolicy_stages import CLONING_FOLDER, OFFLINE_FOLDER, ONLINE_FOLDER
 from vla_rl.train.recipe import Recipe
 from vla_rl.train.run_folder import (
     CONFIG_FILE,
@@ -50,13 +50,16 @@ SUMMARY_FILE, REPORT_FILE, STAGES_FILE = "summary.json", "report.html", "stages.
 _ROLES = {
     "start": "baseline",
     "sft": "baseline",
+    "cloned": "baseline",
     "offline": "other",
     "rl": "trained",
     "control": "control",
     "expert": "expert",
 }
 _LABELS = {
+    "start": "untrained",
     "sft": "SFT",
+    "cloned": "behaviour cloning",
     "offline": "offline RL",
     "rl": "RL",
     "control": "shuffled advantages",
@@ -65,6 +68,7 @@ _LABELS = {
 _NOTES = {
     "start": "the agent before any training",
     "sft": "supervised fine-tuning on the demonstrations",
+    "cloned": "the actor after imitation of the demonstrations",
     "offline": "reinforcement learning from the same demonstrations, without interaction",
     "rl": "reinforcement learning from there",
     "control": "the control: the same RL without information, must not learn",
@@ -123,6 +127,7 @@ def run_pipeline(recipe: Recipe, run_dir: str | Path, *, resume: bool = False, c
     """
     run_dir = Path(run_dir)
     check_recipe(recipe)
+    shuffled = recipe.control() if control else None
     torch.set_num_threads(recipe.torch_threads)
     if not resume:
         _set_aside_if_finished(run_dir, control)
@@ -136,8 +141,8 @@ def run_pipeline(recipe: Recipe, run_dir: str | Path, *, resume: bool = False, c
     else:
         stages.run("start", lambda: save_untrained(recipe, demos, run_dir / "start" / POLICY_FOLDER))
     stages.run("rl", lambda: reinforce(recipe, start, rl, resume=True, dataset_path=demos))
-    if control:
-        shuffled, folder = recipe.control(), run_dir / "control"
+    if shuffled is not None:
+        folder = run_dir / "control"
         stages.run("control", lambda: reinforce(shuffled, start, folder, resume=True, dataset_path=demos))
     trained = {who: folder for who, folder in _policies(run_dir).items() if who != "control"}
     stages.run("evaluation", lambda: _evaluate_all(recipe, run_dir, trained))
@@ -165,9 +170,10 @@ def _policies(run_dir: Path) -> dict[str, Path]:
     """The policies that the stages of a run have made. After learning from replay in two stages, "offline" is the one
     of the first."""
     rl = run_dir / "rl"
-    folders = {"start": run_dir / "start", "sft": run_dir / "sft", "rl": rl, "control": run_dir / "control"}
+    folders = {"start": run_dir / "start", "sft": run_dir / "sft", "cloned": rl / CLONING_FOLDER}
     if (rl / OFFLINE_FOLDER).exists() and (rl / ONLINE_FOLDER).exists():
         folders["offline"] = rl / OFFLINE_FOLDER
+    folders |= {"rl": rl, "control": run_dir / "control"}
     return {who: folder / POLICY_FOLDER for who, folder in folders.items() if (folder / POLICY_FOLDER).exists()}
 
 
@@ -218,13 +224,16 @@ def write_run_report(run_dir: Path) -> Path:
         for label, role, folder in (
             ("SFT", "baseline", "sft"),
             ("RL", "trained", "rl"),
+            ("cloning", "baseline", f"rl/{CLONING_FOLDER}"),
             ("offline RL", "other", f"rl/{OFFLINE_FOLDER}"),
             ("online RL", "trained", f"rl/{ONLINE_FOLDER}"),
             ("control", "control", "control"),
         )
         if (run_dir / folder / METRICS_FILE).exists()
     )
-    first = next((who for who in ("sft", "offline", "start") if (run_dir / "evaluation" / who).exists()), "rl")
+    first = next(
+        (who for who in ("sft", "cloned", "offline", "start") if (run_dir / "evaluation" / who).exists()), "rl"
+    )
     provenance = json.loads((run_dir / PROVENANCE_FILE).read_text())
     texts = {key: _text(value) for key, value in provenance.items() if value}
     texts["configuration"] = (run_dir / CONFIG_FILE).read_text()

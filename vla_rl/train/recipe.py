@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from vla_rl.data.demos import Keep
-from vla_rl.envs.config import EnvConfig
+from vla_rl.envs.config import AnyEnvConfig, EnvConfig
+from vla_rl.envs.point_maze import WaypointConfig
 from vla_rl.policies.build import PolicyConfig
 from vla_rl.policies.tiny import TinyVLAConfig
 from vla_rl.sim.experts import ExpertConfig
@@ -24,12 +25,12 @@ Normalization = Literal["mean_std", "quantiles", "min_max", "identity"]
 @dataclass(frozen=True)
 class DemosConfig:
     """`num_episodes` of the scripted expert in the split "train", `num_envs` at a time. `keep`: "all" or "success".
-    `seed`: chooses the episodes."""
+    `expert`: an `ExpertConfig` on a table, a `WaypointConfig` in a maze. `seed`: chooses the episodes."""
 
     num_episodes: int = 300
     num_envs: int = 32
     keep: Keep = "success"
-    expert: ExpertConfig = field(default_factory=ExpertConfig)
+    expert: ExpertConfig | WaypointConfig = field(default_factory=ExpertConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,7 +76,7 @@ class Recipe:
     `action_normalization`: from the statistics of the demonstrations. `device`: where policies live; "auto" is a GPU
     where there is one. `torch_threads`: one is fastest for small networks, many times so on busy cores."""
 
-    env: EnvConfig = field(default_factory=EnvConfig)
+    env: AnyEnvConfig = field(default_factory=EnvConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)
     policy: PolicyConfig = field(default_factory=TinyVLAConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)

@@ -14,6 +14,8 @@ from vla_rl.data.demos import DemoSummary, collect_demos
 from vla_rl.data.lerobot_format import DatasetError, atomic_write_json, read_json
 from vla_rl.data.lerobot_reader import LeRobotDataset
 from vla_rl.data.normalization import Normalizer
+from vla_rl.envs.config import PointMazeConfig
+from vla_rl.envs.point_maze import WaypointConfig, WaypointExpert
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.evaluation.evaluate import evaluate, evaluate_controller
 from vla_rl.evaluation.result import EvalResult
@@ -23,11 +25,11 @@ from vla_rl.policies.build import build_policy
 from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.native import load_policy, save_policy
 from vla_rl.rollout.recorder import EpisodeRecorder, Recording
-from vla_rl.sim.experts import ScriptedExpert
+from vla_rl.sim.experts import ExpertConfig, ScriptedExpert
 from vla_rl.train.demo_source import DatasetDemos
 from vla_rl.train.loop import TrainConfig, TrainResult, run_training
 from vla_rl.train.offpolicy import OffPolicyConfig
-from vla_rl.train.offpolicy_stages import build_learner, reinforce_from_replay
+from vla_rl.train.offpolicy_stages import build_learner, check_stages, reinforce_from_replay
 from vla_rl.train.recipe import EvalConfig, Recipe
 from vla_rl.train.sft import DatasetSampler, SFTResult, run_sft
 
@@ -47,19 +49,22 @@ def device_of(recipe: Recipe) -> torch.device:
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise ValueError or TypeError where the parts of a recipe do not fit: at once, not after an hour's training."""
+    if isinstance(recipe.demos.expert, WaypointConfig) != isinstance(recipe.env, PointMazeConfig):
+        raise TypeError(
+            f"demos.expert is a {type(recipe.demos.expert).__name__} and env a {type(recipe.env).__name__}: "
+            "a maze has a WaypointConfig, a table an ExpertConfig"
+        )
     env = recipe.env.make(1, split="train")
     env.close()
-    policy: Any = build_policy(recipe.policy, env.spec, seed=0)
+    device_of(recipe)
     train = recipe.train
-    if recipe.fine_tunes and train.execution_horizon > policy.action_horizon:
+    policy: Any = build_policy(recipe.policy, env.spec, seed=0) if recipe.fine_tunes else None
+    if policy is not None and train.execution_horizon > policy.action_horizon:
         raise ValueError(
             f"train.execution_horizon is {train.execution_horizon}, the policy predicts {policy.action_horizon} steps"
         )
-    device_of(recipe)
     if isinstance(train, OffPolicyConfig):
-        for agent in (train.agent, train.online_agent):
-            if agent is not None:
-                build_learner(agent, env.spec, train.horizon, policy=policy, dataset=None, seed=0)
+        check_stages(train, env.spec, policy)
         return
     deployed, explored = (getattr(c, "num_steps", None) for c in (recipe.policy, train.sampler))
     if deployed != explored and None not in (deployed, explored):
@@ -72,6 +77,11 @@ def check_recipe(recipe: Recipe) -> None:
     build_on_policy_learner(sampler, without_demos, step_weighting=train.step_weighting)
 
 
+def make_expert(env: ChunkedEnv, config: ExpertConfig | WaypointConfig) -> ScriptedExpert | WaypointExpert:
+    """Who demonstrates in `env`. Raises TypeError where it is an expert of other environments."""
+    return WaypointExpert(env, config) if isinstance(config, WaypointConfig) else ScriptedExpert(env, config)
+
+
 def record_demos(recipe: Recipe, path: Path) -> DemoSummary:
     """Demonstrations of the scripted expert as a LeRobot dataset; `meta/recipe.json` says of what kind.
 
@@ -79,21 +89,20 @@ def record_demos(recipe: Recipe, path: Path) -> DemoSummary:
     """
     config = recipe.demos
     _check_same_demos(recipe, path)
-    env = recipe.env.make(config.num_envs, split="train")
+    env = recipe.env.for_demos.make(config.num_envs, split="train")
     first = config.seed * 10**6
     seeds = range(first, first + (config.num_episodes if config.keep == "all" else 10 * config.num_episodes))
     try:
-        return collect_demos(
-            env, ScriptedExpert(env, config.expert), path, config.num_episodes, seeds, keep=config.keep
-        )
+        expert = make_expert(env, config.expert)
+        return collect_demos(env, expert, path, config.num_episodes, seeds, keep=config.keep)
     finally:
         env.close()
 
 
 def _check_same_demos(recipe: Recipe, path: Path) -> None:
-    kind = {"env": config_to_dict(recipe.env), "demos": config_to_dict(recipe.demos)}
+    kind = {"env": config_to_dict(recipe.env.for_demos), "demos": config_to_dict(recipe.demos)}
     for name in ("num_threads", "engine", "device"):
-        del kind["env"][name]
+        kind["env"].pop(name, None)
     for name in ("num_episodes", "num_envs"):
         del kind["demos"][name]
     file = path / "meta" / "recipe.json"
@@ -145,6 +154,8 @@ def reinforce(
     """
     if recipe.fine_tunes and policy_folder is None:
         raise ValueError("this recipe improves a fine-tuned policy; give it with --from")
+    if policy_folder is not None and not recipe.fine_tunes:
+        raise ValueError("this recipe trains an agent of its own; leave --from out")
     if not isinstance(recipe.train, OffPolicyConfig):
         assert policy_folder is not None
         return _reinforce_on_policy(recipe, recipe.train, policy_folder, run_dir, resume, dataset_path)
@@ -156,7 +167,9 @@ def reinforce(
         recipe.train,
         make_env,
         run_dir,
-        policy=None if policy_folder is None else lambda: load_policy(policy_folder, device=device_of(recipe)),
+        policy=None
+        if policy_folder is None
+        else lambda spec: load_policy(policy_folder, device=device_of(recipe), spec=spec),
         dataset_path=dataset_path,
         resume=resume,
         evaluate=lambda policy: _curve_metrics(recipe, policy),
@@ -227,7 +240,8 @@ def evaluate_policy(
 def _protocol(recipe: Recipe, config: EvalConfig) -> dict[str, Any]:
     """What decides an episode beside its seed: two evaluations that differ here are not of the same episodes."""
     env = config_to_dict(recipe.env)
-    return {"split": config.split} | {name: env[name] for name in env if name not in ("task", "num_threads", "device")}
+    without = ("task", "num_threads", "device", "demo_start")
+    return {"split": config.split} | {name: env[name] for name in env if name not in without}
 
 
 def _maker(recipe: Recipe, config: EvalConfig, task: str) -> Callable[[int], ChunkedEnv]:
@@ -236,11 +250,11 @@ def _maker(recipe: Recipe, config: EvalConfig, task: str) -> Callable[[int], Chu
 
 def evaluate_expert(recipe: Recipe, config: EvalConfig) -> EvalResult:
     """The scripted expert at its best on the same episodes: the upper end of a report."""
-    blind = replace(recipe, env=replace(recipe.env, cameras=()))
+    blind, best = replace(recipe, env=recipe.env.blind), type(recipe.demos.expert)()
     results = [
         evaluate_controller(
             _maker(blind, config, task),
-            ScriptedExpert,
+            lambda env: make_expert(env, best),
             config.seeds,
             num_envs=config.num_envs,
             config={"policy": "expert"} | _protocol(recipe, config),
