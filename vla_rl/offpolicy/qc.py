@@ -140,7 +140,7 @@ class QC:
     def _distillation(
         self, one_step: Params, params: dict[str, Params], batch: ReplayBatch, keys: Array
     ) -> tuple[Array, Metrics]:
-        """alpha * |mu(s, z) - flow(s, z)|^2 - Q(s, mu(s, z)), the same z in both (arXiv 2502.02538, equation 8)."""
+        """alpha * |mu(s, z) - flow(s, z)|^2 - Q(s, mu(s, z)), the same z in both (arXiv 2502.02538)."""
         noise, obs = self._noise(keys[0], 1, batch.obs.shape[0]), jnp.asarray(batch.obs)
         flow = integrate_flow(self.nets["flow"], params["flow"], obs, noise, self.config.flow.num_steps)
         chunks = self.nets["one_step"](one_step, obs, noise[0])
