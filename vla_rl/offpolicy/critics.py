@@ -88,7 +88,10 @@ class EnsembleReduction:
     def __call__(self, values: Array, key: Array) -> Array:
         """[E, ...] -> [...]."""
         members = self.members(key, values.shape[0])
-        chosen = values if members is None else values[members]
+        return self.over(values if members is None else values[members])
+
+    def over(self, chosen: Array) -> Array:
+        """[M, ...] of the members that count -> [...]."""
         return chosen.min(axis=0) if self.reduce == "min" else chosen.mean(axis=0)
 
 
@@ -100,6 +103,22 @@ def candidate_values(
     tiled = jnp.broadcast_to(obs, (n, *obs.shape)).reshape(n * b, -1)
     out = critic(params, tiled, candidates.reshape(n * b, *candidates.shape[2:]))
     return head.value(out).reshape(out.shape[0], n, b, -1)
+
+
+def reduced_values(
+    critic: Network,
+    head: ValueHead,
+    reduction: EnsembleReduction,
+    params: Params,
+    obs: Array | np.ndarray,
+    candidates: Array,
+    key: Array,
+) -> Array:
+    """`reduction(candidate_values(...), key)`, [N, B, P], with a forward pass of the members that it draws alone."""
+    members = reduction.members(key, jax.tree.leaves(params)[0].shape[0])
+    if members is not None:
+        params = jax.tree.map(lambda x: x[members], params)  # members are the first axis of every critic's parameters
+    return reduction.over(candidate_values(critic, head, params, obs, candidates))
 
 
 # ----------------------------------------------------------------------------------------------------------- targets

@@ -96,6 +96,11 @@ class EnsembleLinear(nnx.Module):
         self.kernel = nnx.Param(jnp.stack([init(key, (in_dim, out_dim), jnp.float32) for key in keys]))
         self.bias = nnx.Param(jnp.zeros((num_members, 1, out_dim)))
 
+    @property
+    def num_members(self) -> int:
+        """E of the parameters as they are now, which may be those of a subset."""
+        return self.kernel[...].shape[0]
+
     def __call__(self, x: Array) -> Array:
         return jnp.einsum("ebi,eio->ebo", x, self.kernel[...]) + self.bias[...]
 
@@ -133,10 +138,10 @@ class EnsembleMLP(nnx.Module):
         )
         self.norm = nnx.List(EnsembleLayerNorm(num_members, b) for b in hidden_sizes if layer_norm)
         self.out = EnsembleLinear(num_members, sizes[-1], out_dim, rngs=rngs, scale=1.0)
-        self.num_members, self.activation = num_members, activation
+        self.activation = activation
 
     def __call__(self, x: Array) -> Array:
-        h = jnp.broadcast_to(x, (self.num_members, *x.shape))
+        h = jnp.broadcast_to(x, (self.out.num_members, *x.shape))
         for i, linear in enumerate(self.linear):
             h = linear(h)
             h = self.activation(self.norm[i](h) if self.norm else h)

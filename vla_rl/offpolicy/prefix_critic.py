@@ -61,11 +61,10 @@ class PrefixCritic(nnx.Module):
         self.blocks = nnx.List(CausalBlock(config, rngs) for _ in range(config.num_layers))
         self.norm = EnsembleLayerNorm(members, width)
         self.out = EnsembleLinear(members, width, config.head.out_dim, rngs=rngs, scale=1.0)
-        self.num_members = members
 
     def __call__(self, obs: Array, actions: Array) -> Array:
         """[B, O], [B, H, A] -> [E, B, H, D]."""
-        members, (b, h, a) = self.num_members, actions.shape
+        members, (b, h, a) = self.out.num_members, actions.shape
         state = self.from_obs(jnp.broadcast_to(obs, (members, *obs.shape)))[:, :, None]
         action = self.from_action(jnp.broadcast_to(actions.reshape(b * h, a), (members, b * h, a)))
         tokens = jnp.concatenate([state, action.reshape(members, b, h, -1)], axis=2) + self.position[...]

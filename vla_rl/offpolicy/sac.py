@@ -20,6 +20,7 @@ from vla_rl.offpolicy.critics import (
     MLPCriticConfig,
     bootstrap_loss,
     candidate_values,
+    reduced_values,
     successors,
     weighted_mean,
 )
@@ -156,8 +157,9 @@ def next_values_of(
     """
     mean, std = nets.actor(params["actor"], next_obs)
     actions, log_prob = tanh_gaussian(mean, std, noise)
-    values = chunk_values(nets, config, params["target_critic"], next_obs, actions)[..., -1]
-    reduced = config.target_reduction(values, member_key)
+    reduced = reduced_values(
+        nets.critic, config.critic.head, config.target_reduction, params["target_critic"], next_obs, actions, member_key
+    )[..., -1]
     if config.backup_entropy:
         reduced = reduced - temperature_of(params["temperature"]) * log_prob
     return reduced.max(axis=0)
@@ -193,13 +195,13 @@ def actor_loss_of(
     ensemble; with `bc_weight` minus that times log pi of the data's chunk."""
     mean, std = nets.actor(actor, batch.obs)
     actions, log_prob = tanh_gaussian(mean, std, noise[None])
-    values = chunk_values(nets, config, params["critic"], batch.obs, actions)[:, 0].mean(axis=-1)
+    values = chunk_values(nets, config, params["critic"], jnp.asarray(batch.obs), actions)[:, 0].mean(axis=-1)
     q = config.actor_reduction(values, member_key)
     alpha = jax.lax.stop_gradient(temperature_of(params["temperature"]))
     losses = alpha * log_prob[0] - q
     if config.bc_weight:
         data = jnp.arctanh(jnp.clip(batch.actions, -ACTION_LIMIT, ACTION_LIMIT))
-        losses = losses - config.bc_weight * tanh_gaussian_log_prob(data, mean, std, batch.mask)
+        losses = losses - config.bc_weight * tanh_gaussian_log_prob(data, mean, std, jnp.asarray(batch.mask))
     loss = weighted_mean(losses, batch.weight)
     entropy = -weighted_mean(log_prob[0], batch.weight)
     return loss, {"actor_loss": loss, "q_policy": weighted_mean(q, batch.weight), "entropy": entropy}
