@@ -111,17 +111,25 @@ def peer_python(name: str, requirements: Sequence[str]) -> Path:
 
 
 class PeerGroup:
-    """One process of a peer's script a core; `rate` runs them at the same time.
+    """One process of a peer's script a core, or one alone with `all_cores`; `rate` runs them at the same time.
 
     The script is called as `script mode core`. It prints one JSON line when it is ready, then for every line
     `{"seconds": s}` on its input one line `{"steps": n, "seconds": s}`, and ends when the input does.
     """
 
-    def __init__(self, python: Path, script: str, mode: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        python: Path,
+        script: str,
+        mode: str,
+        environment: Mapping[str, str] | None = None,
+        *,
+        all_cores: bool = False,
+    ) -> None:
         LOGS.mkdir(parents=True, exist_ok=True)
         self._processes: list[subprocess.Popen[str]] = []
         cores = sorted(os.sched_getaffinity(0))
-        for core in cores:
+        for core in cores[:1] if all_cores else cores:
             log = LOGS / f"{script.removesuffix('.py')}_{mode}_{core}.log"
             with log.open("w") as errors:
                 process = subprocess.Popen(
@@ -137,12 +145,15 @@ class PeerGroup:
 
     def rate(self, seconds: float) -> float:
         """Steps per second of all processes together."""
+        return sum(a["steps"] / a["seconds"] for a in self.measure(seconds))
+
+    def measure(self, seconds: float) -> list[dict[str, float]]:
+        """Each process's answer."""
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.write(json.dumps({"seconds": seconds}) + "\n")
             process.stdin.flush()
-        answers = [self._answer(process, None) for process in self._processes]
-        return sum(a["steps"] / a["seconds"] for a in answers)
+        return [self._answer(process, None) for process in self._processes]
 
     def close(self) -> None:
         for process in self._processes:
