@@ -5,9 +5,9 @@ target's Polyak step, then one step of actor and temperature on the last minibat
 sampling does not count. Two cases: REDQ's ten critics on single actions, and two wider critics on chunks of five.
 REDQ's target takes the least of two critics drawn: ours evaluates these two alone; torchrl's REDQLoss too, but it has
 no update without the actor's, and its SACLoss and sbx take the least of all ten. `ratio` is the lesser over all cases
-and peers. All cores for all sides, or one with `--one-core`. Torch's threads spin while they wait for one another: beside other
-programs its time on two cores grows tenfold, wall and CPU alike, and says nothing. So a busy machine allows `--one-core`
-only, best read by `cpu_ratios`, which compare CPU seconds.
+and peers. All cores for all sides, or one with `--one-core`. Torch's threads spin while they wait for one another:
+beside other programs torchrl's time on two cores grows six- to tenfold, wall and CPU alike, and says nothing. So on a
+busy machine only `--one-core` can be saved, best read by `cpu_ratios`, which compare CPU seconds.
 Where JAX sees a GPU, `utd` is 20 and `milliseconds` is the time per environment step.
 
     make bench NAME=critic_update ARGS="--save"
