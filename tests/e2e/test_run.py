@@ -19,6 +19,7 @@ from vla_rl.data.lerobot_format import DatasetSpec
 from vla_rl.data.lerobot_writer import LeRobotWriter
 from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
 from vla_rl.policies.checkpoints.native import load_policy
+from vla_rl.train.offpolicy import OffPolicyConfig
 from vla_rl.train.pipeline import run_pipeline
 from vla_rl.train.recipe import Recipe
 
@@ -304,9 +305,16 @@ def test_an_unknown_option_is_named_with_a_suggestion(capsys):
 def test_every_recipe_survives_its_file_and_has_a_description(name):
     recipe = get_recipe(name)
     assert config_from_dict(Recipe, json.loads(json.dumps(config_to_dict(recipe)))) == recipe
+    seeded = recipe.with_seed(7)
+    assert (seeded.demos.seed, seeded.sft.seed) == (7, 7)
+    assert seeded.evaluation == recipe.evaluation
+    if isinstance(recipe.train, OffPolicyConfig):
+        with pytest.raises(ValueError, match="no advantages to shuffle"):
+            recipe.control()
+        stages = [s for s in (seeded.train.cloning, seeded.train.offline, seeded.train.online) if s is not None]
+        assert {stage.seed for stage in stages} == {7}
+        return
+    assert seeded.train.algorithm.seed == 7
     control = recipe.control()
     assert control.train.algorithm.shuffle_advantages
     assert replace(control.train.algorithm, shuffle_advantages=False) == recipe.train.algorithm
-    seeded = recipe.with_seed(7)
-    assert (seeded.demos.seed, seeded.sft.seed, seeded.train.algorithm.seed) == (7, 7, 7)
-    assert seeded.evaluation == recipe.evaluation

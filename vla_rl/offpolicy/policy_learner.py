@@ -8,6 +8,7 @@ features can be improved by any critic. The policy's encoder is frozen, and pict
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -223,7 +224,7 @@ class PolicyLearner:
         if carried.actor:
             self.policy.load_state_dict(offline.policy.state_dict())
         if carried.moments and carried.actor:
-            self._optimizer.load_state_dict(offline._optimizer.state_dict())
+            self._optimizer.load_state_dict(deepcopy(offline._optimizer.state_dict()))  # else both would share it
             for group in self._optimizer.param_groups:
                 group["lr"] = self.config.policy_learning_rate
         if carried.generator:

@@ -50,7 +50,7 @@ SUMMARY_FILE, REPORT_FILE, STAGES_FILE = "summary.json", "report.html", "stages.
 _ROLES = {
     "start": "baseline",
     "sft": "baseline",
-    "cloned": "baseline",
+    "cloned": "other",
     "offline": "other",
     "rl": "trained",
     "control": "control",
@@ -224,7 +224,7 @@ def write_run_report(run_dir: Path) -> Path:
         for label, role, folder in (
             ("SFT", "baseline", "sft"),
             ("RL", "trained", "rl"),
-            ("cloning", "baseline", f"rl/{CLONING_FOLDER}"),
+            ("cloning", "other", f"rl/{CLONING_FOLDER}"),
             ("offline RL", "other", f"rl/{OFFLINE_FOLDER}"),
             ("online RL", "trained", f"rl/{ONLINE_FOLDER}"),
             ("control", "control", "control"),

@@ -1,0 +1,193 @@
+"""A torch policy that learns from replay through a JAX critic: features, improvement, what stays, exact states."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.offpolicy_batches import assert_same
+from vla_rl.core import ActionSpec, CameraSpec, EnvSpec, Observation
+from vla_rl.data.normalization import Normalizer
+from vla_rl.data.replay import ReplayBuffer, ReplayConfig
+from vla_rl.offpolicy.calql import ConservativeConfig
+from vla_rl.offpolicy.critics import EnsembleReduction, MLPCriticConfig
+from vla_rl.offpolicy.improvement import ImprovementConfig
+from vla_rl.offpolicy.pa_rl import CriticAgentConfig
+from vla_rl.offpolicy.policy_learner import PolicyLearner, PolicyLearnerConfig
+from vla_rl.offpolicy.prefix_critic import PrefixCriticConfig
+from vla_rl.offpolicy.wsrl import CarryOver
+from vla_rl.policies.build import build_policy
+from vla_rl.policies.flow_mlp import FlowMLPConfig
+from vla_rl.policies.gaussian import GaussianMLPConfig
+from vla_rl.policies.tiny import TinyVLAConfig
+from vla_rl.train.checkpoint import load_state, save_state
+
+SPEC = EnvSpec(
+    name="bandit",
+    cameras={"agent": CameraSpec(32, 32)},
+    state_names=("a", "b", "c"),
+    action=ActionSpec(low=(-1.0, -1.0), high=(1.0, 1.0), names=("dx", "dy")),
+    max_episode_steps=4,
+    control_hz=20.0,
+)
+CRITIC = CriticAgentConfig(
+    critic=MLPCriticConfig(2, (32, 32)),
+    learning_rate=3e-3,
+    target_reduction=EnsembleReduction("min", None),
+    improvement=ImprovementConfig(num_candidates=4, num_kept=2, num_steps=5, step_size=0.05),
+)
+CONFIG = PolicyLearnerConfig(critic=CRITIC, policy_learning_rate=3e-3, policy_batch_size=32)
+POLICIES = {
+    "flow_mlp": FlowMLPConfig(action_horizon=2, width=32, num_layers=2),
+    "tiny": TinyVLAConfig(image_size=32, action_horizon=2, vision_channels=8, vision_blocks=2),
+}
+
+
+def make_policy(name, seed=0):
+    policy = build_policy(POLICIES[name], SPEC, seed=seed)
+    identity = Normalizer.identity(3)
+    policy.set_normalization(identity, Normalizer.bounds(-torch.ones(2), torch.ones(2), kind="min_max"))
+    return policy
+
+
+def make_learner(name, config=CONFIG, horizon=1, seed=0):
+    return PolicyLearner(make_policy(name), config, horizon=horizon, action_spec=SPEC.action, seed=seed)
+
+
+def reward_of(state, actions):
+    """Best at (0.6, -0.6) times the state's first sign."""
+    best = 0.6 * np.sign(state[..., :1]) * np.array([1.0, -1.0])
+    return -np.square(actions - best).sum(axis=-1)
+
+
+def make_buffer(name, num_episodes=128, steps=1):
+    """Uniform actions; the reward is known at once, an episode is one decision."""
+    feature_dim = make_policy(name).feature_dim
+    cameras = {"agent": (32, 32)} if name == "tiny" else {}
+    config = ReplayConfig(capacity=num_episodes * (steps + 1), gamma=0.9)
+    buffer = ReplayBuffer(config, state_dim=3, action_dim=2, cameras=cameras, feature_dim=feature_dim)
+    rng = np.random.default_rng(0)
+    for _ in range(num_episodes):
+        state = rng.normal(size=(steps + 1, 3)).astype(np.float32)
+        actions = rng.uniform(-1, 1, (steps, 2)).astype(np.float32)
+        images = {c: rng.integers(0, 255, (steps + 1, 32, 32, 3), dtype=np.uint8) for c in cameras}
+        rewards = reward_of(state[:-1], actions)
+        buffer.add_episode(
+            state=state, actions=actions, rewards=rewards, terminated=True, truncated=False, images=images,
+            instruction="go",
+        )  # fmt: skip
+    return buffer
+
+
+def observation(n=64):
+    rng = torch.Generator().manual_seed(7)
+    images = {"agent": torch.randint(0, 255, (n, 32, 32, 3), generator=rng, dtype=torch.uint8)}
+    return Observation(images, torch.randn(n, 3, generator=rng), ("go",) * n)
+
+
+def train(learner, buffer, num_calls, rng=None):
+    rng = rng or np.random.default_rng(0)
+    learner.prepare(buffer)
+    metrics = {}
+    for _ in range(num_calls):
+        batches = buffer.sample(32, rng, horizon=learner.horizon, prefixes=learner.needs_prefixes, num_minibatches=2)
+        metrics = learner.update(batches)
+    return metrics
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_features_hold_the_whole_prefix(name):
+    policy = make_policy(name)
+    prefix = policy.encode(policy.preprocess(observation(5)))
+    again = policy.prefix_of(prefix.pooled)
+    assert torch.equal(again.tokens, prefix.tokens)
+    assert torch.equal(again.mask, prefix.mask)
+    assert torch.equal(again.pooled, prefix.pooled)
+    with pytest.raises(ValueError, match="features must be"):
+        policy.prefix_of(prefix.pooled[:, 1:])
+
+
+def mean_reward(learner):
+    obs = observation()
+    chunks = learner.explore(obs)
+    assert chunks.shape == (64, 1, 2)
+    return float(reward_of(obs.state.numpy(), chunks[:, 0].clamp(-1, 1).numpy()).mean())
+
+
+def test_distillation_moves_the_policy_to_higher_values_and_imitation_alone_does_not():
+    buffer = make_buffer("flow_mlp")
+    cloning = make_learner("flow_mlp", replace(CONFIG, improve_weight=0.0, bc_weight=1.0))
+    metrics = train(cloning, buffer, 40)
+    assert "distil_loss" not in metrics
+    imitation = mean_reward(cloning)
+    assert imitation < -0.9  # uniform actions earn -(2 * (1/3 + 0.36)) = -1.39
+    learner = make_learner("flow_mlp")
+    before = mean_reward(learner)
+    metrics = train(learner, buffer, 80)
+    after = mean_reward(learner)
+    assert after > max(before, imitation) + 0.5
+    assert after > -0.45
+    assert "bc_loss" not in metrics
+    better = make_learner("flow_mlp", replace(CONFIG, explore_improved=True))
+    better.load_state_dict(learner.state_dict())
+    assert mean_reward(better) > after  # the critic's steps on top
+
+
+@pytest.mark.parametrize("critic", [MLPCriticConfig(2, (16,)), PrefixCriticConfig(width=8, num_layers=1)])
+def test_the_encoder_of_a_vla_is_left_alone_and_pictures_are_encoded_once(critic, monkeypatch):
+    config = replace(CONFIG, critic=replace(CRITIC, critic=critic), bc_weight=0.5, critic_warmup_calls=2)
+    learner, buffer = make_learner("tiny", config, horizon=2), make_buffer("tiny", 24, steps=3)
+    before = {name: value.clone() for name, value in learner.policy.state_dict().items()}
+    train(learner, buffer, 2)
+    assert all(torch.equal(v, before[k]) for k, v in learner.policy.state_dict().items())  # the critic's warm-up
+    assert int(learner.state.num_updates) == 4
+    monkeypatch.setattr(learner.policy, "encode", None)  # nothing is left to encode
+    metrics = train(learner, buffer, 2)
+    assert {"distil_loss", "bc_loss", "q_improved", "td_loss"} <= set(metrics)
+    changed = {k.split(".")[0] for k, v in learner.policy.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"expert"}
+
+
+def test_a_learner_goes_on_bit_for_bit(tmp_path):
+    conservative = ConservativeConfig(form="expectation", num_actions=1)
+    config = replace(CONFIG, critic=replace(CRITIC, conservative=conservative))
+    buffer, rng = make_buffer("flow_mlp", 32), np.random.default_rng(3)
+    whole = make_learner("flow_mlp", config)
+    train(whole, buffer, 2, rng)
+    save_state(tmp_path / "state.pt", whole.state_dict() | {"rng": rng.bit_generator.state})
+    wanted = train(whole, buffer, 2, rng)
+    other, state = make_learner("flow_mlp", config, seed=9), load_state(tmp_path / "state.pt")
+    other.load_state_dict(state)
+    rng.bit_generator.state = state["rng"]
+    got = train(other, buffer, 2, rng)
+    assert {k: float(v) for k, v in got.items()} == {k: float(v) for k, v in wanted.items()}
+    assert_same(whole.state, other.state)
+    assert all(torch.equal(v, whole.policy.state_dict()[k]) for k, v in other.policy.state_dict().items())
+    assert torch.equal(whole.explore(observation()), other.explore(observation()))
+
+
+def test_the_switch_takes_policy_critic_and_optimiser_along():
+    offline = make_learner("flow_mlp")
+    train(offline, make_buffer("flow_mlp", 32), 2)
+    online = make_learner("flow_mlp", replace(CONFIG, policy_learning_rate=1e-5), seed=4)
+    online.switch_from(offline, CarryOver(), seed=4)
+    assert_same(offline.state, online.state)
+    assert all(torch.equal(v, offline.policy.state_dict()[k]) for k, v in online.policy.state_dict().items())
+    moments, theirs = online._optimizer.state_dict(), offline._optimizer.state_dict()
+    assert torch.equal(moments["state"][0]["exp_avg"], theirs["state"][0]["exp_avg"])
+    assert moments["param_groups"][0]["lr"] == 1e-5
+    kept = theirs["state"][0]["exp_avg"].clone()
+    online._optimizer.state[online._trained[0]]["exp_avg"].zero_()
+    assert torch.equal(theirs["state"][0]["exp_avg"], kept)  # a copy crossed
+    fresh = make_learner("flow_mlp", seed=4)
+    fresh.switch_from(offline, CarryOver(moments=False), seed=4)
+    assert fresh._optimizer.state_dict()["state"] == {}
+
+
+def test_wrong_policies_and_horizons_are_named():
+    with pytest.raises(ValueError, match="horizon is 3, the policy predicts 2 steps"):
+        make_learner("flow_mlp", horizon=3)
+    gaussian = build_policy(GaussianMLPConfig(), SPEC, seed=0)
+    with pytest.raises(TypeError, match="learning from replay"):
+        PolicyLearner(gaussian, CONFIG, horizon=1, action_spec=SPEC.action, seed=0)
