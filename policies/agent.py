@@ -29,7 +29,8 @@ from vla_rl.policies.blocks.sizes import require_sizes
 
 @dataclass(frozen=True)
 class AgentPolicyConfig:
-    """`state_dim`, `action_dim`: 0 in a recipe, where `build_policy` takes them from the environment."""
+    """`action_horizon`: steps of the chunks that the agent learns from. `state_dim`, `action_dim`: 0 in a recipe, where
+    `build_policy` takes them from the environment."""
 
     agent: AgentConfig = field(default_factory=SACConfig)
     action_horizon: int = 1
@@ -44,8 +45,10 @@ class AgentPolicy(nn.Module):
         super().__init__()
         require_sizes(config)
         self.config = config
-        self.action_horizon, self.action_dim = config.action_horizon, config.action_dim
         self.agent = build_agent(config.agent, AgentSpec(config.state_dim, config.action_horizon, config.action_dim))
+        # the n-step control learns from chunks and acts in single steps
+        self.action_horizon = getattr(self.agent, "action_horizon", config.action_horizon)
+        self.action_dim = config.action_dim
         self.state_normalizer = NormalizerBuffers(config.state_dim)
         self.action_normalizer = NormalizerBuffers(config.action_dim)
         initial = self.agent.init(0)

@@ -26,7 +26,8 @@ class AgentLearner:
 
     def __init__(self, policy: AgentPolicy, seed: int) -> None:
         self.policy, self.agent = policy, policy.agent
-        self.horizon = policy.action_horizon
+        self.horizon = policy.config.action_horizon
+        self._chunk = (policy.action_horizon, policy.action_dim)
         self.needs_prefixes = getattr(self.agent, "num_prefixes", 1) > 1
         self.state: TrainState = self.agent.init(seed)
         self._generator = torch.Generator().manual_seed(seed)
@@ -36,12 +37,12 @@ class AgentLearner:
 
     def explore(self, obs: Observation) -> Tensor:
         """Chunks [N, H, A] in the environment's units, with the agent's own exploration."""
-        noise = torch.randn(len(obs), self.horizon, self.policy.action_dim, generator=self._generator)
+        noise = torch.randn(len(obs), *self._chunk, generator=self._generator)
         return self.policy.explore(obs, noise)
 
     def random(self, num_envs: int) -> Tensor:
         """Uniform chunks [N, H, A] within the bounds."""
-        uniform = torch.rand(num_envs, self.horizon, self.policy.action_dim, generator=self._generator)
+        uniform = torch.rand(num_envs, *self._chunk, generator=self._generator)
         return self.policy.action_normalizer.unnormalize(2.0 * uniform - 1.0)
 
     def prepare(self, buffer: ReplayBuffer) -> None:

@@ -212,8 +212,8 @@ def run_iterations(
             if evaluate is not None and _is_due(done, schedule.eval_interval, total):
                 metrics |= evaluate()
             log.log(done, metrics)
-            shown = {"success": metrics[name] for name in ("rollout/success_rate",) if name in metrics}
-            progress.update(done, **shown)
+            success = metrics.get("rollout/success_rate")
+            progress.update(done, **({} if success is None else {"success": success}))
             if done % schedule.checkpoint_interval == 0 and done < total:
                 trainer.save(run_dir)
         trainer.save(run_dir)

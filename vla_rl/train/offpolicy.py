@@ -301,7 +301,7 @@ class OnlineTrainer:
         self._writer = EpisodeWriter(buffer, env.spec.action)
         self._rng = np.random.default_rng(config.seed)
         self._obs: Observation | None = None
-        self._plan = torch.zeros(env.num_envs, learner.horizon, env.spec.action.dim)
+        self._plan: Tensor | None = None
         self._phase = torch.full((env.num_envs,), learner.horizon)  # executed steps of the plan; all: decide anew
         self._episodes: list[tuple[bool, float, int]] = []  # success, return, length of those of this iteration
         self._update_credit = 0.0
@@ -331,10 +331,11 @@ class OnlineTrainer:
         if bool(decides.any()):
             is_random = self.num_env_steps < config.random_env_steps
             chunks = self.learner.random(len(decides)) if is_random else self.learner.explore(self._obs)
-            self._plan = torch.where(decides[:, None, None], chunks, self._plan)
+            self._plan = chunks if self._plan is None else torch.where(decides[:, None, None], chunks, self._plan)
             self._phase = torch.where(decides, 0, self._phase)
         k = 1 if config.observe_every_step else config.execution_horizon
         steps = self._phase[:, None] + torch.arange(k)
+        assert self._plan is not None
         actions = self._plan[torch.arange(len(steps))[:, None], steps]
         step = self._env.step(actions)
         moved = self._writer.add(self._obs, actions, step)
