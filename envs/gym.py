@@ -72,7 +72,8 @@ class GymStepEnv:
                 tuple(space.high.tolist()),
                 tuple(f"action_{i}" for i in range(space.shape[0])),
             ),
-            max_episode_steps=None,  # Gymnasium's own TimeLimit truncates
+            # Gymnasium's own TimeLimit truncates at the same step; who allocates or evaluates must know it
+            max_episode_steps=None if spec is None else spec.max_episode_steps,
             control_hz=float(control_hz or vector_env.metadata.get("render_fps") or 20.0),
         )
         self._state = torch.zeros(self.num_envs, len(names))
