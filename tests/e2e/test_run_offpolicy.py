@@ -63,7 +63,7 @@ def metrics_of(folder):
 
 
 def assert_same_run(run_dir, uninterrupted):
-    for stage in (*STAGES, ""):
+    for stage in (*STAGES, "."):
         file = f"{stage}/policy/policy.safetensors"
         assert (run_dir / file).read_bytes() == (uninterrupted / file).read_bytes(), stage
     for stage in STAGES:
@@ -150,7 +150,6 @@ def test_ctrl_c_in_a_stage_saves_and_resume_goes_on(stage, tmp_path, uninterrupt
         (["maze_wsrl", "--dataset", "nowhere"], "nowhere"),
         (["maze_wsrl", "--dataset", "x", "--from", "policy"], "leave --from out"),
         (["maze_pa_rl", "--dataset", "x"], "give it with --from"),
-        (["maze_wsrl", "--train.online.execution-horizon", "3"], "execution_horizon is 3, a chunk has 1 steps"),
         (["maze_wsrl", "--train.online-agent.critic.num-members", "3"], "another network offline"),
         (["maze_wsrl", "--env.layout", "spiral"], "no layout 'spiral'; choose one of wall_gap"),
     ],
@@ -160,11 +159,18 @@ def test_wrong_calls_say_how_to_do_it(argv, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_unknown_options_are_named_with_a_suggestion(capsys):
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--train.online.num-env-step", "3", "--train.online.num-env-steps"),
+        ("--train.online.execution-horizon", "3", "execution_horizon is 3"),
+    ],
+)
+def test_options_that_cannot_be_are_named(option, value, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["train", "maze_wsrl", "--run-dir", "x", "--train.online.num-env-step", "3"])
+        main(["train", "maze_wsrl", "--run-dir", "x", option, value])
     assert stop.value.code == 2
-    assert "--train.online.num-env-steps" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_there_is_no_control_on_shuffled_advantages(tmp_path, capsys):
@@ -200,7 +206,7 @@ def test_demonstrations_begin_anywhere_and_episodes_of_learning_far_away(tmp_pat
     assert starts[:, 0].min() < -0.3
     env = recipe.env.make(50, split="train")
     begins = env.reset(list(range(50))).state
-    assert begins[:, 0].max() < -0.5
+    assert begins[:, 0].max() < -0.4
     other = recipe.env.make(50, split="test").reset(list(range(50))).state
     assert not torch.equal(begins, other)
 

@@ -37,7 +37,7 @@ CRITIC = CriticAgentConfig(
     target_reduction=EnsembleReduction("min", None),
     improvement=ImprovementConfig(num_candidates=4, num_kept=2, num_steps=5, step_size=0.05),
 )
-CONFIG = PolicyLearnerConfig(critic=CRITIC, policy_learning_rate=3e-3, policy_batch_size=32)
+CONFIG = PolicyLearnerConfig(critic=CRITIC, policy_learning_rate=3e-3, policy_batch_size=64)
 POLICIES = {
     "flow_mlp": FlowMLPConfig(action_horizon=2, width=32, num_layers=2),
     "tiny": TinyVLAConfig(image_size=32, action_horizon=2, vision_channels=8, vision_blocks=2),
@@ -116,27 +116,26 @@ def mean_reward(learner):
 
 
 def test_distillation_moves_the_policy_to_higher_values_and_imitation_alone_does_not():
-    buffer = make_buffer("flow_mlp")
-    cloning = make_learner("flow_mlp", replace(CONFIG, improve_weight=0.0, bc_weight=1.0))
-    metrics = train(cloning, buffer, 40)
+    learner, buffer = make_learner("flow_mlp"), make_buffer("flow_mlp")
+    learner.config = replace(CONFIG, improve_weight=0.0, bc_weight=1.0)
+    metrics = train(learner, buffer, 30)
     assert "distil_loss" not in metrics
-    imitation = mean_reward(cloning)
+    imitation = mean_reward(learner)
     assert imitation < -0.9  # uniform actions earn -(2 * (1/3 + 0.36)) = -1.39
-    learner = make_learner("flow_mlp")
-    before = mean_reward(learner)
-    metrics = train(learner, buffer, 80)
-    after = mean_reward(learner)
-    assert after > max(before, imitation) + 0.5
-    assert after > -0.45
+    learner.config = CONFIG
+    metrics = train(learner, buffer, 60)
     assert "bc_loss" not in metrics
-    better = make_learner("flow_mlp", replace(CONFIG, explore_improved=True))
-    better.load_state_dict(learner.state_dict())
-    assert mean_reward(better) > after  # the critic's steps on top
+    after = mean_reward(learner)
+    assert after > -0.45
+    learner.config = replace(CONFIG, explore_improved=True)
+    assert mean_reward(learner) > after  # the critic's steps on top
 
 
-@pytest.mark.parametrize("critic", [MLPCriticConfig(2, (16,)), PrefixCriticConfig(width=8, num_layers=1)])
-def test_the_encoder_of_a_vla_is_left_alone_and_pictures_are_encoded_once(critic, monkeypatch):
-    config = replace(CONFIG, critic=replace(CRITIC, critic=critic), bc_weight=0.5, critic_warmup_calls=2)
+def test_the_encoder_of_a_vla_is_left_alone_and_pictures_are_encoded_once(monkeypatch):
+    """With a critic of every prefix, as CO-RFT has it."""
+    few = ImprovementConfig(num_candidates=2, num_kept=1, num_steps=1, step_size=0.05)
+    critic_agent = replace(CRITIC, critic=PrefixCriticConfig(width=8, num_layers=1), improvement=few)
+    config = replace(CONFIG, critic=critic_agent, bc_weight=0.5, critic_warmup_calls=2)
     learner, buffer = make_learner("tiny", config, horizon=2), make_buffer("tiny", 24, steps=3)
     before = {name: value.clone() for name, value in learner.policy.state_dict().items()}
     train(learner, buffer, 2)
