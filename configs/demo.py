@@ -66,6 +66,7 @@ def demo() -> Recipe:
 def demo_smoke() -> Recipe:
     """The demo with every stage cut short: shows in a minute that all of it runs, and nothing about learning."""
     recipe = demo()
+    assert isinstance(recipe.train, TrainConfig)
     assert isinstance(recipe.train.algorithm, PPOConfig)
     algorithm = replace(recipe.train.algorithm, critic_warmup_iterations=1)
     return replace(

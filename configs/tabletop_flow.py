@@ -7,6 +7,7 @@ from dataclasses import replace
 from vla_rl.configs.demo import EXECUTION_HORIZON, demo
 from vla_rl.flow.config import FlowSamplerConfig
 from vla_rl.onpolicy import PPOConfig
+from vla_rl.train.loop import TrainConfig
 from vla_rl.train.recipe import Recipe
 
 
@@ -22,6 +23,7 @@ def flow_noise() -> Recipe:
     more slowly than Flow-SDE: after 60 iterations three seeds had .961, .926 and .863, all still rising.
     """
     recipe = demo()
+    assert isinstance(recipe.train, TrainConfig)
     algorithm = recipe.train.algorithm
     assert isinstance(algorithm, PPOConfig)
     actor = replace(algorithm.actor, learning_rate=2e-4, target_kl=0.05, entropy_coef=0.01, reference_kl_coef=0.005)

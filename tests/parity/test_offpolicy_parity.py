@@ -202,7 +202,7 @@ def test_conservative_critic_loss_of_d3rlpy(name):
             golden.chunks("noise_policy"),
             KEY,
         )
-        return td + lagrange_term(conservative, parameter, gap), (td, gap)
+        return td + lagrange_term(conservative, parameter, gap), (td, gap)  # pyright: ignore[reportReturnType]
 
     gradients, (td, gap) = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params["critic"], multiplier)
     weighed = options["alpha"] * options["conservative_weight"] * (gap - options["alpha_threshold"])

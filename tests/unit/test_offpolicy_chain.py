@@ -64,7 +64,7 @@ def _sweep(batch: ReplayBatch, num_sweeps: int, tau: float, num_prefixes: int = 
     following = successors(batch, num_prefixes)[:, 0].astype(int)
     weights = td_targets(batch, jnp.zeros(following.shape), num_prefixes)[1]
 
-    def sweep(state: TrainState, _: None) -> tuple[TrainState, jax.Array]:
+    def sweep(state: TrainState, _: object) -> tuple[TrainState, jax.Array]:
         next_values = state.params["target_critic"][following, -1]
         targets, _ = td_targets(batch, next_values, num_prefixes)
         table = state.params["critic"]

@@ -123,7 +123,7 @@ class PolicyLearner:
         self.num_calls += 1
         if self.num_calls <= self.config.critic_warmup_calls:
             return dict(metrics)
-        rows = ReplayBatch(*(None if x is None else x.reshape(u * b, *x.shape[2:]) for x in batches))
+        rows = ReplayBatch(*(None if x is None else x.reshape(u * b, *x.shape[2:]) for x in batches))  # pyright: ignore[reportArgumentType]
         return dict(metrics) | self._update_policy(rows)
 
     def _update_policy(self, rows: ReplayBatch) -> dict[str, Any]:

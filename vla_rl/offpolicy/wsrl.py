@@ -8,13 +8,12 @@ item by item, so that each can be left out and seen to matter.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from vla_rl.offpolicy.train_state import TrainState
-from vla_rl.offpolicy.update import OffPolicyAgent
 
 _LEFT_BEHIND = ("cql_multiplier",)  # belongs to the pessimism that ends at the switch
 
@@ -36,7 +35,13 @@ class CarryOver:
     generator: bool = True
 
 
-def carry_over(offline: TrainState, agent: OffPolicyAgent, carried: CarryOver, seed: int) -> TrainState:
+class HasInitialState(Protocol):
+    """An agent, whatever its update looks like."""
+
+    def init(self, seed: int) -> TrainState: ...
+
+
+def carry_over(offline: TrainState, agent: HasInitialState, carried: CarryOver, seed: int) -> TrainState:
     """The first online train state of `agent`; `seed` is that of what is not carried.
 
     Only the multiplier of the conservative term is left behind by itself. Raises ValueError where the offline state

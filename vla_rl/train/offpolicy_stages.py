@@ -156,7 +156,7 @@ class _Stages:
             wall_s += result.wall_s
             if following is not None and (result.interrupted or not result.finished):
                 return replace(result, finished=False, wall_s=wall_s)
-        return replace(result, wall_s=wall_s)
+        return replace(result, wall_s=wall_s)  # pyright: ignore[reportPossiblyUnboundVariable]  # a stage there is
 
     def _require_not_passed(self, folder: str, schedule: Any, following: str | None) -> None:
         """A stage from which the next has already begun is over: it cannot be made longer any more."""

@@ -9,10 +9,10 @@ warnings.simplefilter("ignore")
 
 import torch  # noqa: E402
 from common import GivenNoise, Results, load_inputs, rows_first  # noqa: E402
-from d3rlpy.algos.qlearning.torch.cal_ql_impl import CalQLImpl  # noqa: E402
-from d3rlpy.algos.qlearning.torch.cql_impl import CQLImpl, CQLModules  # noqa: E402
-from d3rlpy.algos.qlearning.torch.iql_impl import IQLImpl, IQLModules  # noqa: E402
-from d3rlpy.models.torch import (  # noqa: E402
+from d3rlpy.algos.qlearning.torch.cal_ql_impl import CalQLImpl  # noqa: E402  # pyright: ignore[reportMissingImports]
+from d3rlpy.algos.qlearning.torch.cql_impl import CQLImpl, CQLModules  # noqa: E402  # pyright: ignore[reportMissingImports]
+from d3rlpy.algos.qlearning.torch.iql_impl import IQLImpl, IQLModules  # noqa: E402  # pyright: ignore[reportMissingImports]
+from d3rlpy.models.torch import (  # noqa: E402  # pyright: ignore[reportMissingImports]
     ContinuousEnsembleQFunctionForwarder,
     ContinuousMeanQFunction,
     ContinuousMeanQFunctionForwarder,
@@ -22,7 +22,7 @@ from d3rlpy.models.torch import (  # noqa: E402
     VectorEncoder,
     VectorEncoderWithAction,
 )
-from d3rlpy.torch_utility import TorchMiniBatch  # noqa: E402
+from d3rlpy.torch_utility import TorchMiniBatch  # noqa: E402  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn  # noqa: E402
 
 MEMBERS, SAMPLES, GAMMA = 2, 3, 0.9

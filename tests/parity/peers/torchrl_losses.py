@@ -8,11 +8,11 @@ warnings.simplefilter("ignore")
 
 import torch  # noqa: E402
 from common import GivenNoise, Results, load_inputs, rows_first  # noqa: E402
-from tensordict import TensorDict, TensorDictParams  # noqa: E402
-from tensordict.nn import TensorDictModule  # noqa: E402
+from tensordict import TensorDict, TensorDictParams  # noqa: E402  # pyright: ignore[reportMissingImports]
+from tensordict.nn import TensorDictModule  # noqa: E402  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn  # noqa: E402
-from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator  # noqa: E402
-from torchrl.objectives import CQLLoss, REDQLoss  # noqa: E402
+from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator  # noqa: E402  # pyright: ignore[reportMissingImports]
+from torchrl.objectives import CQLLoss, REDQLoss  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 SAMPLES, GAMMA = 3, 0.81
 OPTIONS = {
