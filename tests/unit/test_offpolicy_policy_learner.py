@@ -1,6 +1,7 @@
 """A torch policy that learns from replay through a JAX critic: features, improvement, what stays, exact states."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,8 +45,8 @@ POLICIES = {
 }
 
 
-def make_policy(name, seed=0):
-    policy = build_policy(POLICIES[name], SPEC, seed=seed)
+def make_policy(name, seed=0) -> Any:
+    policy: Any = build_policy(POLICIES[name], SPEC, seed=seed)
     identity = Normalizer.identity(3)
     policy.set_normalization(identity, Normalizer.bounds(-torch.ones(2), torch.ones(2), kind="min_max"))
     return policy

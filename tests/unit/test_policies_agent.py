@@ -1,6 +1,7 @@
 """Off-policy agents as policies: the chunk of each, rows apart, files, evaluation."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_an_agent_is_a_policy_with_files_and_rows_apart(name, tmp_path):
         assert torch.equal(again[i], explored[i])
         assert not torch.equal(again[4 - i], explored[4 - i])
     save_policy(policy, tmp_path)
-    stored = load_policy(tmp_path)
+    stored: Any = load_policy(tmp_path)
     assert torch.equal(stored.act(obs, noise).actions, deployed)
     assert not torch.equal(make_policy(name, seed=4).act(obs, noise).actions, deployed)
     parts = DEPLOYED.get(name, {"actor"})
@@ -96,7 +97,7 @@ def test_an_evaluation_does_not_depend_on_the_number_of_environments(tmp_path):
     policy.set_normalization(Normalizer.identity(4), Normalizer.bounds(-ONES, ONES, kind="min_max"))
     env = make_point_maze(1)
     save_policy(policy, tmp_path, spec=env.spec)
-    stored = load_policy(tmp_path, spec=env.spec)
+    stored: Any = load_policy(tmp_path, spec=env.spec)
     results = [
         evaluate(
             who,

@@ -141,7 +141,7 @@ def test_chunks_are_executed_as_planned_and_planned_anew_after_an_episode(policy
     config = replace(ONLINE, num_envs=3, execution_horizon=3, num_env_steps=120, env_steps_per_iteration=120)
     trainer, learner, env, _ = make_online(policy, replace(config, warmup_env_steps=120))
     trainer.iterate()
-    decisions, plan, done = 0, [None] * 3, [3] * 3
+    decisions, plan, done = 0, [torch.empty(0)] * 3, [3] * 3
     for actions, ended in env.history:
         if 3 in done:
             decisions += 1
