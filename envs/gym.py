@@ -8,6 +8,8 @@ to a sub-environment between its end and our own, seeded reset; whatever it does
     SAME_STEP   it resets itself at once; the true last observation is in `infos["final_obs"]`
     DISABLED    it refuses to step an ended sub-environment, so that one is parked by a masked reset
 
+Make an `AsyncVectorEnv` with `context="forkserver"`: JAX and torch run threads, and a forked copy of them may hang.
+
 State is saved as the seed and the actions of the running episode and restored by playing them again, which is exact for
 an environment that is deterministic given its seed.
 """

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
-import gymnasium as gym
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from tests.contract.gym_env import DriftEnv
+from tests.contract.gym_env import make_drift
 from tests.contract.scripted_env import ScriptedEnv
 from vla_rl.envs.gym import GymStepEnv
 from vla_rl.envs.ogbench import make_ogbench
@@ -18,10 +18,10 @@ from vla_rl.envs.two_way_reach import TwoWayReachEnv
 from vla_rl.protocols import StepEnv
 
 
-def _gym(mode: AutoresetMode, vector: type = SyncVectorEnv) -> Callable[[int], StepEnv]:
+def _gym(mode: AutoresetMode, vector: Callable[..., VectorEnv] = SyncVectorEnv) -> Callable[[int], StepEnv]:
     def make(num_envs: int) -> StepEnv:
-        makers = [lambda: gym.wrappers.TimeLimit(DriftEnv(), 13)] * num_envs
-        return GymStepEnv(vector(makers, autoreset_mode=mode), success_key="success", instruction="go right")
+        env = vector([make_drift] * num_envs, autoreset_mode=mode)
+        return GymStepEnv(env, success_key="success", instruction="go right")
 
     return make
 
@@ -38,7 +38,7 @@ ENVIRONMENTS: dict[str, Callable[[int], StepEnv]] = {
     "gym_disabled": _gym(AutoresetMode.DISABLED),
     "gym_next_step": _gym(AutoresetMode.NEXT_STEP),
     "gym_same_step": _gym(AutoresetMode.SAME_STEP),
-    "gym_async": _gym(AutoresetMode.SAME_STEP, AsyncVectorEnv),
+    "gym_async": _gym(AutoresetMode.SAME_STEP, partial(AsyncVectorEnv, context="forkserver")),
     "tabletop": _tabletop("ee_delta_yaw"),
     "tabletop_joint": _tabletop("joint_delta"),
     "two_way_reach": TwoWayReachEnv,

@@ -40,3 +40,8 @@ class DriftEnv(gym.Env):
 
     def render(self) -> np.ndarray:
         return np.full((4, 4, 3), int(np.clip(128 + 100 * self._x[0], 0, 255)), np.uint8)
+
+
+def make_drift() -> gym.Env:
+    """Of 13 steps at most; at the top of a light module, since every worker process imports it."""
+    return gym.wrappers.TimeLimit(DriftEnv(), 13)
