@@ -139,7 +139,7 @@ def _train(
             config,
             lambda n: experiment.make_env(n, "train", True),
             folder,
-            policy=lambda: load_policy(source / POLICY_FOLDER),
+            policy=lambda spec: load_policy(source / POLICY_FOLDER, spec=spec),
             dataset_path=source / "demos",
             resume=True,
             evaluate=measure,
