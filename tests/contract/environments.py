@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -42,11 +41,7 @@ ENVIRONMENTS: dict[str, Callable[[int], StepEnv]] = {
     "tabletop": _tabletop("ee_delta_yaw"),
     "tabletop_joint": _tabletop("joint_delta"),
     "two_way_reach": TwoWayReachEnv,
+    "ogbench": lambda n: make_ogbench("cube-single-singletask-task1-v0", n, max_episode_steps=13).step_env,
     "point_maze": lambda n: PointMazeEnv(n, "wall_gap", "far", max_episode_steps=12),
 }
-SLOW: set[str] = set()
-if importlib.util.find_spec("ogbench"):  # an optional dependency
-    SLOW.add("ogbench")  # half a second to make one
-    ENVIRONMENTS["ogbench"] = lambda n: (
-        make_ogbench("cube-single-singletask-task1-v0", n, max_episode_steps=13).step_env
-    )
+SLOW = {"ogbench"}  # half a second to make one

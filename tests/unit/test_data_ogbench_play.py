@@ -14,13 +14,9 @@ from vla_rl.data.ogbench_play import (
     singletask_dataset,
 )
 
-needs_ogbench = pytest.mark.skipif(
-    importlib.util.find_spec("ogbench") is None, reason="OGBench is optional: pip install 'vla-rl[ogbench]'"
-)
 SHORT = PlayConfig(env="cube-double", num_episodes=3, episode_steps=12, seed=5)
 
 
-@needs_ogbench
 def test_an_episode_is_what_the_simulator_does():
     """The recorded actions move a simulation that is put into the recorded first state along the recorded states."""
     import mujoco
@@ -51,7 +47,6 @@ def test_an_episode_is_what_the_simulator_does():
         np.testing.assert_allclose(obs[:6], arrays["qpos"][step + 1, :6], atol=1e-3)
 
 
-@needs_ogbench
 def test_an_episode_depends_on_its_number_alone_and_leaves_numpys_generator_alone():
     np.random.seed(0)  # noqa: NPY002
     expected = np.random.random()  # noqa: NPY002
@@ -65,7 +60,6 @@ def test_an_episode_depends_on_its_number_alone_and_leaves_numpys_generator_alon
     assert not np.array_equal(first["observations"][0], other["observations"][0])
 
 
-@needs_ogbench
 def test_the_oracle_reaches_its_targets():
     arrays = play_episode(PlayConfig(episode_steps=300, seed=0), 0)
     assert arrays["segments"].tolist() == [3, 3]
@@ -74,7 +68,6 @@ def test_the_oracle_reaches_its_targets():
     assert arrays["qpos"][:, 16].max() > 0.1  # it was lifted
 
 
-@needs_ogbench
 def test_an_interrupted_call_goes_on_and_ends_with_the_same_file(tmp_path: Path):
     class Stopped(Exception):
         pass
@@ -107,7 +100,6 @@ def test_an_interrupted_call_goes_on_and_ends_with_the_same_file(tmp_path: Path)
         generate_play(PlayConfig(env="cube-single"), tmp_path / "a.npz")
 
 
-@needs_ogbench
 @pytest.mark.slow
 def test_processes_make_the_same_data(tmp_path: Path):
     generate_play(SHORT, tmp_path / "one.npz")
@@ -117,7 +109,6 @@ def test_processes_make_the_same_data(tmp_path: Path):
         np.testing.assert_array_equal(one[name], two[name])
 
 
-@needs_ogbench
 def test_rewards_of_a_single_task_by_hand(tmp_path: Path):
     path = tmp_path / "play.npz"
     generate_play(SHORT, path)

@@ -1,12 +1,7 @@
 """OGBench's tasks as chunked environments: what the spec says, success and its end, seeds, errors."""
 
-import importlib.util
-
 import pytest
 import torch
-
-if importlib.util.find_spec("ogbench") is None:
-    pytest.skip("OGBench is optional: pip install 'vla-rl[ogbench]'", allow_module_level=True)
 
 from vla_rl.envs.ogbench import make_ogbench
 
