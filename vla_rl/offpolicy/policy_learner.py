@@ -3,6 +3,9 @@
 The critic values chunks that the policy proposes; better ones (re-ranked and ascended, `improvement.py`) become the
 targets of the policy's own supervised loss. Nothing but arrays passes between the two, so any policy that learns from
 features can be improved by any critic. The policy's encoder is frozen, and pictures are encoded once.
+
+The critic sees chunks as they would be executed: clamped to the environment's bounds, which become [-1, 1]. A value
+beyond them would never be stored, so nothing would correct a critic that took it for better.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from vla_rl.core import ActionSpec, Observation
 from vla_rl.data.feature_cache import FeatureCache
+from vla_rl.data.normalization import Normalizer
 from vla_rl.data.replay import ReplayBatch, ReplayBuffer
 from vla_rl.flow.sampling import ode
 from vla_rl.offpolicy.arrays import to_jax, to_torch
@@ -84,7 +88,10 @@ class PolicyLearner:
         self._optimizer = torch.optim.Adam(self._trained, lr=config.policy_learning_rate)
         self._generator = torch.Generator().manual_seed(seed)
         self._key = jax.random.key(seed)
-        self._action_spec = action_spec
+        low, high = torch.tensor(action_spec.low), torch.tensor(action_spec.high)
+        if not bool(torch.isfinite(high - low).all()):
+            raise ValueError(f"learning from replay needs finite action bounds, got {action_spec}")
+        self._bounds = Normalizer.bounds(low, high, kind="min_max").to(self._trained[0].device)
 
     # ------------------------------------------------------------------------------------------------------- acting
     @torch.no_grad()
@@ -100,8 +107,7 @@ class PolicyLearner:
     def random(self, num_envs: int) -> Tensor:
         """Uniform chunks within the action's bounds."""
         uniform = torch.rand(num_envs, self.horizon, self.policy.action_dim, generator=self._generator)
-        low, high = torch.tensor(self._action_spec.low), torch.tensor(self._action_spec.high)
-        return low + uniform * (high - low)
+        return self._bounds.unnormalize((2.0 * uniform - 1.0).to(self._trained[0].device))
 
     def publish(self) -> None:
         """Nothing: the policy that acts is the one that learns."""
@@ -113,7 +119,7 @@ class PolicyLearner:
 
     def update(self, batches: ReplayBatch) -> dict[str, Any]:
         """U critic updates on minibatches [U, B, ...], then `policy_updates` of the policy."""
-        batches = self._normalized(batches)
+        batches, raw_actions = self._seen_by_critic(batches), batches.actions
         u, b = batches.reward.shape
         following = batches.next_obs if batches.prefix_next_obs is None else batches.prefix_next_obs
         candidates = self._chunks_at(following.reshape(u, -1, self.feature_dim), self.config.num_next_actions)
@@ -124,9 +130,9 @@ class PolicyLearner:
         if self.num_calls <= self.config.critic_warmup_calls:
             return dict(metrics)
         rows = ReplayBatch(*(None if x is None else x.reshape(u * b, *x.shape[2:]) for x in batches))  # pyright: ignore[reportArgumentType]
-        return dict(metrics) | self._update_policy(rows)
+        return dict(metrics) | self._update_policy(rows, raw_actions.reshape(u * b, *raw_actions.shape[2:]))
 
-    def _update_policy(self, rows: ReplayBatch) -> dict[str, Any]:
+    def _update_policy(self, rows: ReplayBatch, raw_actions: np.ndarray) -> dict[str, Any]:
         """Distil improved chunks, and the data's own with `bc_weight`; the rows are those that the critic has seen."""
         config, metrics = self.config, {}
         device = self._trained[0].device
@@ -144,7 +150,7 @@ class PolicyLearner:
                 loss = loss + config.improve_weight * distil
                 metrics |= {"distil_loss": float(distil.detach()), "q_improved": float(values.mean())}
             if config.bc_weight:
-                actions, mask = self._padded(rows.actions[chosen], rows.mask[chosen], device)
+                actions, mask = self._padded(raw_actions[chosen], rows.mask[chosen], device)
                 cloning = self.policy.prefix_loss(prefix, actions, mask, self._generator).mean()
                 loss = loss + config.bc_weight * cloning
                 metrics["bc_loss"] = float(cloning.detach())
@@ -163,38 +169,44 @@ class PolicyLearner:
         return ode(self.policy, repeated, noise, self.policy.config.num_steps).unflatten(0, (num, n))
 
     def _chunks_at(self, features: np.ndarray, num: int) -> jax.Array:
-        """features [U, M, F] -> normalised chunks of the policy [U, num, M, horizon, A]."""
+        """features [U, M, F] -> the policy's chunks as the critic sees them [U, num, M, horizon, A]."""
         u, m, f = features.shape
         device = self._trained[0].device
         prefix = self.policy.prefix_of(torch.from_numpy(np.ascontiguousarray(features.reshape(u * m, f))).to(device))
         chunks = self._sample(prefix, num)[:, :, : self.horizon].unflatten(1, (u, m))
-        return to_jax(chunks.transpose(0, 1))
+        return to_jax(self._to_critic(chunks.transpose(0, 1)))
+
+    def _to_critic(self, chunks: Tensor) -> Tensor:
+        """The policy's normalised chunks [..., A] in the critic's [-1, 1], clamped as the environment clamps them."""
+        return self._bounds.normalize(self.policy.unnormalize_actions(chunks)).clamp(-1.0, 1.0)
 
     def _improve(self, features: Tensor, candidates: Tensor) -> tuple[Tensor, np.ndarray]:
-        """Improved chunks [N, H, A]: the critic's steps, then those of the first candidate; and their values [N]."""
+        """Improved chunks [N, H, A], normalised: the critic's steps, then those of the first candidate; and their
+        values [N]."""
         self._key, key = jax.random.split(self._key)
-        head = candidates[:, :, : self.horizon]
+        head = self._to_critic(candidates[:, :, : self.horizon])
         improved, values = self.agent.improve(self.state, to_jax(features), to_jax(head), key)
         tail = candidates[0, :, self.horizon :]
-        return torch.cat([to_torch(improved, tail.device), tail], dim=1), np.asarray(values)
+        steps = self.policy.normalize_actions(self._bounds.unnormalize(to_torch(improved, tail.device)))
+        return torch.cat([steps, tail], dim=1), np.asarray(values)
 
     def _padded(self, actions: np.ndarray, mask: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The data's chunks [N, horizon, A] as the policy's [N, H, A]; steps beyond bear no loss."""
+        """The data's chunks [N, horizon, A] as the policy's, normalised [N, H, A]; steps beyond bear no loss."""
         n, h, a = actions.shape
         full = torch.zeros(n, self.policy.action_horizon, a)
         valid = torch.zeros(n, self.policy.action_horizon, dtype=torch.bool)
         full[:, :h], valid[:, :h] = torch.from_numpy(actions), torch.from_numpy(mask)
-        return full.to(device), valid.to(device)
+        return self.policy.normalize_actions(full.to(device)), valid.to(device)
 
-    def _normalized(self, batch: ReplayBatch) -> ReplayBatch:
-        """Features alone (they hold the state), actions in the policy's normalised space."""
+    def _seen_by_critic(self, batch: ReplayBatch) -> ReplayBatch:
+        """Features alone (they hold the state), actions in the critic's [-1, 1]."""
         f, prefix_next = self.feature_dim, batch.prefix_next_obs
-        actions = self.policy.normalize_actions(torch.from_numpy(batch.actions)).clamp(-1.0, 1.0).numpy()
+        actions = torch.from_numpy(batch.actions).to(self._trained[0].device)
         return batch._replace(
             obs=batch.obs[..., :f],
             next_obs=batch.next_obs[..., :f],
             prefix_next_obs=None if prefix_next is None else prefix_next[..., :f],
-            actions=actions,
+            actions=to_jax(self._bounds.normalize(actions).clamp(-1.0, 1.0)),
         )
 
     # --------------------------------------------------------------------------------------------------------- state
