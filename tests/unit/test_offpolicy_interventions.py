@@ -1,21 +1,14 @@
-"""Interventions in both buffers, and ConRFT's policy loss against finite differences."""
+"""A person's interventions: what is executed, what is learned from, in both buffers."""
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 import pytest
 import torch
 
-from tests.unit.offpolicy_batches import ACTION_DIM, HORIZON, OBS_DIM, random_batch
 from vla_rl.core import Source
 from vla_rl.data.replay import ReplayBuffer, ReplayConfig
-from vla_rl.offpolicy.arrays import to_jax, to_torch
-from vla_rl.offpolicy.conrft import conrft_offline, conrft_online, conrft_policy_loss
-from vla_rl.offpolicy.critics import MLPCriticConfig
 from vla_rl.offpolicy.interventions import copy_interventions, take_over
-from vla_rl.offpolicy.networks import AgentSpec
-from vla_rl.offpolicy.pa_rl import CriticAgent, CriticAgentConfig
 
 
 def buffer() -> ReplayBuffer:
@@ -89,32 +82,3 @@ def test_stretches_begin_and_end_at_observed_rows() -> None:
     copy_interventions(online, demos)
     assert demos.num_episodes == 1
     np.testing.assert_array_equal(demos.rows.actions[:2, 0], [12, 13])
-
-
-def test_conrft_policy_loss_has_the_gradient_of_imitation_minus_q() -> None:
-    """A policy with one parameter, a = tanh(theta * s): against central differences of the loss itself."""
-    config = CriticAgentConfig(critic=MLPCriticConfig(2, (16,), activation="gelu"))
-    agent, batch, key = CriticAgent(AgentSpec(OBS_DIM, HORIZON, ACTION_DIM), config), random_batch(4), jax.random.key(0)
-    state, data = agent.init(0), torch.from_numpy(batch.actions)
-    signal = torch.from_numpy(batch.next_obs[:, :2])[:, None].expand(-1, HORIZON, -1)
-
-    def whole(theta: float) -> float:
-        actions = torch.tanh(theta * signal)
-        q = to_torch(agent.values(state, batch.obs, to_jax(actions[None]), key))[0]
-        return float((0.1 * (actions - data).square().mean(dim=(1, 2)) - q).mean())
-
-    theta = torch.tensor(0.4, requires_grad=True)
-    actions = torch.tanh(theta * signal)
-    _, gradient = agent.action_gradient(state, batch.obs, to_jax(actions), key)
-    imitation = (actions - data).square().mean(dim=(1, 2))
-    conrft_policy_loss(conrft_online(), imitation, actions, to_torch(gradient)).mean().backward()
-    assert float(theta.grad) == pytest.approx((whole(0.41) - whole(0.39)) / 0.02, rel=1e-2)
-
-
-def test_conrft_stages_differ_as_published_and_share_the_critic() -> None:
-    offline, online = conrft_offline(), conrft_online()
-    assert (offline.bc_weight, offline.q_weight, online.bc_weight, online.q_weight) == (1.0, 0.0, 0.1, 1.0)
-    assert online.demo_share == 0.5
-    assert offline.critic.conservative is not None
-    assert online.critic.conservative is None
-    assert online.critic.critic == offline.critic.critic

@@ -3,15 +3,19 @@
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 from tests.unit.offpolicy_batches import assert_same
 from vla_rl.core import ActionSpec, CameraSpec, EnvSpec, Observation
 from vla_rl.data.normalization import Normalizer
 from vla_rl.data.replay import ReplayBuffer, ReplayConfig
+from vla_rl.flow.sampling import ode
 from vla_rl.offpolicy.calql import ConservativeConfig
+from vla_rl.offpolicy.conrft import conrft_offline, conrft_online
 from vla_rl.offpolicy.critics import EnsembleReduction, MLPCriticConfig
 from vla_rl.offpolicy.improvement import ImprovementConfig
 from vla_rl.offpolicy.pa_rl import CriticAgentConfig
@@ -191,3 +195,61 @@ def test_wrong_policies_and_horizons_are_named():
     gaussian = build_policy(GaussianMLPConfig(), SPEC, seed=0)
     with pytest.raises(TypeError, match="learning from replay"):
         PolicyLearner(gaussian, CONFIG, horizon=1, action_spec=SPEC.action, seed=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- ConRFT
+def torch_q(learner, features, actions):
+    """Mean of the critic's members in torch, written out: Linear, LayerNorm, ReLU, twice; then Linear."""
+    mlp = jax.tree.map(lambda x: torch.from_numpy(np.array(x)), nnx.to_pure_dict(learner.state.params["critic"]))["mlp"]
+    h = torch.cat([features, actions.flatten(1)], dim=1).expand(2, -1, -1)
+    for linear, norm in zip(mlp["linear"].values(), mlp["norm"].values(), strict=True):
+        h = h @ linear["kernel"] + linear["bias"]
+        h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+        h = torch.relu(h * norm["scale"] + norm["bias"])
+    return (h @ mlp["out"]["kernel"] + mlp["out"]["bias"])[..., 0].mean(dim=0)
+
+
+def test_the_policys_gradient_of_q_is_that_through_a_critic_in_torch():
+    """Bounds twice as wide as the policy's own, so the chain has the units in it; some actions are beyond them."""
+    wide = ActionSpec(low=(-2.0, -1.0), high=(2.0, 1.0), names=("dx", "dy"))
+    learner = PolicyLearner(make_policy("flow_mlp"), CONFIG, horizon=1, action_spec=wide, seed=0)
+    train(learner, make_buffer("flow_mlp", 32), 2)
+    policy, features = learner.policy, observation(16).state
+    policy.output.bias.data[2] = 5.0  # the second step is not executed
+    policy.output.bias.data[1] = -1.0
+    policy.zero_grad()
+    before = learner._generator.get_state()
+    towards_q, q_policy = learner._towards_q(policy.prefix_of(features))
+    towards_q.backward()
+    gradients = [p.grad.clone() for p in policy.parameters()]
+    policy.zero_grad()
+    learner._generator.set_state(before)
+    noise = torch.randn(16, 2, 2, generator=learner._generator)
+    chunk = ode(policy, policy.prefix_of(features), noise, 4)[:, :1] / torch.tensor([2.0, 1.0])
+    assert 0.2 < float((chunk.abs() > 1).float().mean()) < 0.8
+    values = torch_q(learner, features, chunk.clamp(-1.0, 1.0))
+    values.mean().backward()
+    assert q_policy == pytest.approx(float(values.detach().mean()), abs=1e-5)
+    for p, gradient in zip(policy.parameters(), gradients, strict=True):
+        torch.testing.assert_close(gradient, p.grad, atol=1e-6, rtol=1e-4)
+    assert max(float(g.abs().max()) for g in gradients) > 1e-3
+
+
+def test_conrft_follows_q_where_imitation_alone_stays():
+    learner, buffer = make_learner("flow_mlp"), make_buffer("flow_mlp")
+    learner.config = offline = replace(CONFIG, improve_weight=0.0, bc_weight=1.0)
+    train(learner, buffer, 40)
+    imitation = mean_reward(learner)
+    learner.config = conrft_online(offline)
+    metrics = train(learner, buffer, 60)
+    assert set(metrics) >= {"bc_loss", "q_policy"}
+    assert "distil_loss" not in metrics
+    assert mean_reward(learner) > -0.45 > imitation + 0.4
+
+
+def test_conrft_stages_differ_as_published_and_share_the_critic():
+    offline, online = conrft_offline(), conrft_online()
+    weights = [(c.improve_weight, c.bc_weight, c.q_weight) for c in (offline, online)]
+    assert weights == [(0.0, 1.0, 0.0), (0.0, 0.1, 1.0)]
+    assert offline.critic.conservative is not None
+    assert online.critic == replace(offline.critic, conservative=None)

@@ -40,7 +40,8 @@ class PolicyLearnerConfig:
 
     `num_next_actions` of the policy at each successor make the TD target. `policy_updates` after every call of the
     critic's update, of `policy_batch_size` rows. `improve_weight`, `bc_weight`: of the supervised loss on improved
-    chunks and on the data's own (ConRFT's w_q and w_bc). `critic_warmup_calls`: calls that leave the policy alone.
+    chunks and on the data's own. `q_weight`: of -Q(s, pi(s)), with gradients through the flow's steps; it and
+    `bc_weight` are ConRFT's w_q and w_bc. `critic_warmup_calls`: calls that leave the policy alone.
     `explore`: act with the policy's own chunks, or with improved ones.
     """
 
@@ -51,6 +52,7 @@ class PolicyLearnerConfig:
     policy_batch_size: int = 128
     improve_weight: float = 1.0
     bc_weight: float = 0.0
+    q_weight: float = 0.0
     grad_clip: float = 1.0
     critic_warmup_calls: int = 0
     explore_improved: bool = False
@@ -61,8 +63,10 @@ class PolicyLearnerConfig:
                 "PolicyLearnerConfig needs num_next_actions, policy_batch_size >= 1 and policy_updates >= 0, got "
                 f"{self.num_next_actions}, {self.policy_batch_size}, {self.policy_updates}"
             )
-        if min(self.improve_weight, self.bc_weight) < 0.0:
-            raise ValueError(f"weights must not be negative, got {self.improve_weight}, {self.bc_weight}")
+        if min(self.improve_weight, self.bc_weight, self.q_weight) < 0.0:
+            raise ValueError(
+                f"weights must not be negative, got {self.improve_weight}, {self.bc_weight}, {self.q_weight}"
+            )
 
 
 class PolicyLearner:
@@ -133,7 +137,8 @@ class PolicyLearner:
         return dict(metrics) | self._update_policy(rows, raw_actions.reshape(u * b, *raw_actions.shape[2:]))
 
     def _update_policy(self, rows: ReplayBatch, raw_actions: np.ndarray) -> dict[str, Any]:
-        """Distil improved chunks, and the data's own with `bc_weight`; the rows are those that the critic has seen."""
+        """Distil improved chunks and the data's own, follow Q; each with its weight. The rows are those that the critic
+        has seen."""
         config, metrics = self.config, {}
         device = self._trained[0].device
         for _ in range(config.policy_updates):
@@ -154,14 +159,33 @@ class PolicyLearner:
                 cloning = self.policy.prefix_loss(prefix, actions, mask, self._generator).mean()
                 loss = loss + config.bc_weight * cloning
                 metrics["bc_loss"] = float(cloning.detach())
+            if config.q_weight:
+                towards_q, q_policy = self._towards_q(prefix)
+                loss = loss - config.q_weight * towards_q
+                metrics["q_policy"] = q_policy
             self._optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self._trained, config.grad_clip)
             self._optimizer.step()
         return metrics
 
+    def _towards_q(self, prefix: Prefix) -> tuple[Tensor, float]:
+        """A number whose gradient is that of the mean of Q(s, pi(s)), and that mean; one chunk a row.
+
+        The critic's dQ/da is a constant to torch, which goes on from the chunk into the policy. Where the environment
+        would clamp an action, that is flat.
+        """
+        chunks = self._to_critic(self._chunks(prefix, 1)[0, :, : self.horizon])
+        self._key, key = jax.random.split(self._key)
+        values, gradient = self.agent.action_gradient(self.state, to_jax(prefix.pooled), to_jax(chunks), key)
+        towards_q = (chunks * to_torch(gradient, chunks.device)).sum(dim=(1, 2)).mean()
+        return towards_q, float(values.mean())
+
     @torch.no_grad()
     def _sample(self, prefix: Prefix, num: int) -> Tensor:
+        return self._chunks(prefix, num)
+
+    def _chunks(self, prefix: Prefix, num: int) -> Tensor:
         """Chunks [num, N, H, A] of the deployed policy, normalised."""
         n, shape = len(prefix), (self.policy.action_horizon, self.policy.action_dim)
         noise = torch.randn(num * n, *shape, generator=self._generator).to(prefix.tokens)
