@@ -1,20 +1,15 @@
 """An off-policy agent as a policy: it is saved, evaluated and deployed like any other.
 
-Its parameters are JAX's; here they are buffers, so that the policy's folder, its checks and its loading are those of
-all policies. The chunk that it deploys is the agent's own: tanh of the mean, the one-step flow, the best of N.
+Its parameters are JAX's; here they are buffers (`DeployedAgent`), so that the policy's folder, its checks and its
+loading are those of all policies. The chunk that it deploys is the agent's own: tanh of the mean, the one-step flow,
+the best of N.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vla_rl.core import ActionChunk, Observation
 from vla_rl.data.normalization import Normalizer
@@ -22,7 +17,7 @@ from vla_rl.offpolicy.arrays import to_jax, to_torch
 from vla_rl.offpolicy.build import AgentConfig, build_agent
 from vla_rl.offpolicy.networks import AgentSpec
 from vla_rl.offpolicy.sac import SACConfig
-from vla_rl.offpolicy.train_state import TrainState
+from vla_rl.policies.blocks.deployed_agent import DeployedAgent
 from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
 from vla_rl.policies.blocks.sizes import require_sizes
 
@@ -38,39 +33,25 @@ class AgentPolicyConfig:
     action_dim: int = 0
 
 
-class AgentPolicy(nn.Module):
-    """Sees the state only. `take(state)` gives it an agent's parameters; new ones are those of `agent.init(0)`."""
+class AgentPolicy(DeployedAgent):
+    """Sees the state only."""
 
     def __init__(self, config: AgentPolicyConfig) -> None:
-        super().__init__()
         require_sizes(config)
+        super().__init__(
+            build_agent(config.agent, AgentSpec(config.state_dim, config.action_horizon, config.action_dim))
+        )
         self.config = config
-        self.agent = build_agent(config.agent, AgentSpec(config.state_dim, config.action_horizon, config.action_dim))
         # the n-step control learns from chunks and acts in single steps
         self.action_horizon = getattr(self.agent, "action_horizon", config.action_horizon)
         self.action_dim = config.action_dim
         self.state_normalizer = NormalizerBuffers(config.state_dim)
         self.action_normalizer = NormalizerBuffers(config.action_dim)
-        initial = self.agent.init(0)
-        self._parts: tuple[str, ...] = getattr(self.agent, "deployed_parts", ("actor",))
-        self._structure = jax.tree.structure({name: initial.params[name] for name in self._parts})
-        self._names: list[str] = []
-        self._state: TrainState | None = None
-        self.take(initial)
 
     def set_normalization(self, state: Normalizer, action: Normalizer) -> None:
         """Normalisers of the state [S] and of one control step's action [A]; the action's maps its bounds to -1, 1."""
         self.state_normalizer.set(state)
         self.action_normalizer.set(action)
-
-    def take(self, state: TrainState) -> None:
-        """The parameters of `state` are this policy's from now on."""
-        parts = {name: state.params[name] for name in self._parts}
-        leaves, _ = jax.tree_util.tree_flatten_with_path(parts)
-        self._names = [re.sub(r"\W+", "_", jax.tree_util.keystr(path)).strip("_") for path, _ in leaves]
-        for name, (_, leaf) in zip(self._names, leaves, strict=True):
-            self.register_buffer(name, torch.from_numpy(np.array(leaf)))
-        self._state = None
 
     def act(self, obs: Observation, noise: Tensor) -> ActionChunk:
         """The deployed chunk, [N, H, A] in the environment's units. Raises ValueError for a state of another size."""
@@ -81,17 +62,9 @@ class AgentPolicy(nn.Module):
         """A chunk to explore with, [N, H, A] in the environment's units."""
         return self.action_normalizer.unnormalize(self._agent_chunk(obs, noise, explore=True))
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._state = None
-        return super().load_state_dict(*args, **kwargs)
-
     def _agent_chunk(self, obs: Observation, noise: Tensor, explore: bool) -> Tensor:
         if obs.state.shape[1] != self.config.state_dim:
             raise ValueError(f"the policy needs state [N, {self.config.state_dim}], got {tuple(obs.state.shape)}")
-        if self._state is None:
-            leaves = [to_jax(self.get_buffer(name)) for name in self._names]
-            params = jax.tree.unflatten(self._structure, [jnp.copy(leaf) for leaf in leaves])
-            self._state = TrainState(params, {}, jax.random.key(0), jnp.zeros((), jnp.int32))
         state = self.state_normalizer.normalize(obs.state)
-        chunk = self.agent.act(self._state, to_jax(state), to_jax(noise), explore=explore)
+        chunk = self.agent.act(self.deployed_state, to_jax(state), to_jax(noise), explore=explore)
         return to_torch(chunk, obs.state.device)

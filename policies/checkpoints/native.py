@@ -30,6 +30,7 @@ _REGISTRY: dict[str, tuple[type | str, type | str]] = {
     "tiny_vla": ("vla_rl.policies.tiny:TinyVLA", "vla_rl.policies.tiny:TinyVLAConfig"),
     "gaussian_mlp": ("vla_rl.policies.gaussian:GaussianMLP", "vla_rl.policies.gaussian:GaussianMLPConfig"),
     "agent": ("vla_rl.policies.agent:AgentPolicy", "vla_rl.policies.agent:AgentPolicyConfig"),
+    "steered": ("vla_rl.policies.steered:SteeredPolicy", "vla_rl.policies.steered:SteeredPolicyConfig"),
     "flow_mlp": ("vla_rl.policies.flow_mlp:FlowMLP", "vla_rl.policies.flow_mlp:FlowMLPConfig"),
 }
 

@@ -15,21 +15,27 @@ from vla_rl.data.replay import ReplayBuffer, ReplayConfig
 from vla_rl.envs.point_maze import PointMazeEnv, waypoint_episodes
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.offpolicy.bc_flow import FlowNetConfig
+from vla_rl.offpolicy.build import SteeringConfig
 from vla_rl.offpolicy.calql import CalQLConfig, ConservativeConfig
 from vla_rl.offpolicy.co_rft import BehaviorCloningConfig, CoRFTConfig
 from vla_rl.offpolicy.critics import EnsembleReduction, MLPCriticConfig
+from vla_rl.offpolicy.dsrl import DSRLConfig
+from vla_rl.offpolicy.expo import ExpoConfig
 from vla_rl.offpolicy.iql import IQLConfig
 from vla_rl.offpolicy.learner import AgentLearner
 from vla_rl.offpolicy.networks import ActorNetConfig
 from vla_rl.offpolicy.policy_learner import PolicyLearnerConfig
 from vla_rl.offpolicy.prefix_critic import PrefixCriticConfig
 from vla_rl.offpolicy.qc import QCConfig
+from vla_rl.offpolicy.residual import ResidualConfig
 from vla_rl.offpolicy.sac import SACConfig
 from vla_rl.offpolicy.td3 import TD3Config
 from vla_rl.offpolicy.value_heads import HLGaussHead
 from vla_rl.offpolicy.wsrl import CarryOver
 from vla_rl.policies.agent import AgentPolicy, AgentPolicyConfig
 from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
+from vla_rl.policies.steered import SteeredPolicyConfig
+from vla_rl.policies.tiny import TinyVLAConfig
 from vla_rl.train.checkpoint import CheckpointError
 from vla_rl.train.offpolicy import OfflineConfig, OfflineTrainer, OffPolicyConfig, OnlineConfig, OnlineTrainer
 from vla_rl.train.run_folder import RunFolderError, open_run_folder
@@ -256,6 +262,9 @@ AGENTS = {
     "cloning": BehaviorCloningConfig(exploration_noise=0.1),
     "qc": QCConfig(policy="distilled", flow=FlowNetConfig((8,))),
     "policy": PolicyLearnerConfig(bc_weight=0.5),
+    "dsrl": DSRLConfig(noise_bound=1.0),
+    "expo": ExpoConfig(num_base=2),
+    "residual": ResidualConfig(tau=0.01),
 }
 
 
@@ -263,9 +272,11 @@ AGENTS = {
 def test_every_agents_config_comes_back_from_its_file(name):
     config = OffPolicyConfig(agent=AGENTS[name], offline=OfflineConfig())
     assert config_from_dict(OffPolicyConfig, json.loads(json.dumps(config_to_dict(config)))) == config
-    if name != "policy":
-        policy = AgentPolicyConfig(AGENTS[name], 4, 3, 2)
-        assert config_from_dict(AgentPolicyConfig, json.loads(json.dumps(config_to_dict(policy)))) == policy
+    if name == "policy":
+        return
+    steers = isinstance(AGENTS[name], SteeringConfig)
+    policy = SteeredPolicyConfig(TinyVLAConfig(), AGENTS[name]) if steers else AgentPolicyConfig(AGENTS[name], 4, 3, 2)
+    assert config_from_dict(type(policy), json.loads(json.dumps(config_to_dict(policy)))) == policy
 
 
 @pytest.mark.parametrize(
@@ -296,6 +307,12 @@ def test_every_agents_config_comes_back_from_its_file(name):
                 agent=SAC, online_agent=PolicyLearnerConfig(), offline=OfflineConfig(), online=ONLINE
             ),
             "must both improve a policy",
+        ),
+        (
+            lambda: OffPolicyConfig(
+                agent=PolicyLearnerConfig(), online_agent=ExpoConfig(), offline=OfflineConfig(), online=ONLINE
+            ),
+            "both steer one",
         ),
     ],
 )

@@ -77,4 +77,21 @@ def integrate_flow(flow: Network, params: Params, obs: Array, noise: Array, num_
     return jnp.clip(chunks, -1.0, 1.0).reshape(noise.shape)
 
 
-__all__ = ["FlowNetConfig", "OneStepMLP", "VelocityMLP", "flow_matching_loss", "integrate_flow"]
+def candidate_noise(noise: Array, num: int) -> Array:
+    """Noise [N, H, A] of a decision -> [num, N, H, A] for as many candidates.
+
+    The first is `noise` itself; the others are drawn by a generator which the bits of the row's noise seed, so that a
+    row's candidates depend on nothing but its noise.
+    """
+
+    def more(own: Array) -> Array:
+        first, last = jax.lax.bitcast_convert_type(own, jnp.uint32).reshape(-1)[jnp.asarray([0, -1])]
+        key = jax.random.fold_in(jax.random.key(first), last)
+        return jnp.concatenate([own[None], jax.random.normal(key, (num - 1, *own.shape))])
+
+    return jax.vmap(more, out_axes=1)(noise)
+
+
+__all__ = [
+    "FlowNetConfig", "OneStepMLP", "VelocityMLP", "candidate_noise", "flow_matching_loss", "integrate_flow",
+]  # fmt: skip

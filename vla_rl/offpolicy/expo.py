@@ -60,6 +60,8 @@ class ExpoConfig:
 class Expo:
     """Edit actor, temperature, critic and target critic beside a base policy that lives elsewhere."""
 
+    deployed_parts = ("actor", "critic")
+
     def __init__(self, spec: AgentSpec, config: ExpoConfig) -> None:
         self.spec, self.config = spec, config
         self.num_prefixes = config.critic.num_prefixes(spec)

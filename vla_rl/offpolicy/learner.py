@@ -15,7 +15,7 @@ from vla_rl.offpolicy.networks import ACTION_LIMIT
 from vla_rl.offpolicy.train_state import TrainState, from_tensors, to_tensors, with_raw_key, wrap_raw_key
 from vla_rl.offpolicy.update import Metrics
 from vla_rl.offpolicy.wsrl import CarryOver, carry_over
-from vla_rl.policies.agent import AgentPolicy
+from vla_rl.policies.blocks.deployed_agent import DeployedAgent
 
 
 class AgentLearner:
@@ -24,15 +24,14 @@ class AgentLearner:
     Replay holds states and actions in the environment's units; what the agent sees is made here, and nowhere else.
     """
 
-    def __init__(self, policy: AgentPolicy, seed: int) -> None:
-        self.policy, self.agent = policy, policy.agent
-        self.horizon = policy.config.action_horizon
-        self._chunk = (policy.action_horizon, policy.action_dim)
+    def __init__(self, policy: DeployedAgent, seed: int) -> None:
+        self.policy: Any = policy
+        self.agent = policy.agent
+        self.horizon = self.policy.config.action_horizon
+        self._chunk = (self.policy.action_horizon, self.policy.action_dim)
         self.needs_prefixes = getattr(self.agent, "num_prefixes", 1) > 1
         self.state: TrainState = self.agent.init(seed)
         self._generator = torch.Generator().manual_seed(seed)
-        self._state = (policy.state_normalizer.offset.numpy(), policy.state_normalizer.scale.numpy())
-        self._action = (policy.action_normalizer.offset.numpy(), policy.action_normalizer.scale.numpy())
         policy.take(self.state)
 
     def explore(self, obs: Observation) -> Tensor:
@@ -59,14 +58,19 @@ class AgentLearner:
 
     def normalized(self, batch: ReplayBatch) -> ReplayBatch:
         """What the agent sees of a batch; actions are clipped to the inside of [-1, 1]."""
-        (offset, scale), (action_offset, action_scale) = self._state, self._action
-        prefix_next = batch.prefix_next_obs
+        prefix_next, box = batch.prefix_next_obs, self.policy.action_normalizer
+        actions = (batch.actions - box.offset.cpu().numpy()) / box.scale.cpu().numpy()
         return batch._replace(
-            obs=(batch.obs - offset) / scale,
-            next_obs=(batch.next_obs - offset) / scale,
-            prefix_next_obs=None if prefix_next is None else (prefix_next - offset) / scale,
-            actions=np.clip((batch.actions - action_offset) / action_scale, -ACTION_LIMIT, ACTION_LIMIT),
+            obs=self._seen(batch.obs),
+            next_obs=self._seen(batch.next_obs),
+            prefix_next_obs=None if prefix_next is None else self._seen(prefix_next),
+            actions=np.clip(actions, -ACTION_LIMIT, ACTION_LIMIT),
         )
+
+    def _seen(self, obs: np.ndarray) -> np.ndarray:
+        """The state, normalised."""
+        normalizer = self.policy.state_normalizer
+        return (obs - normalizer.offset.numpy()) / normalizer.scale.numpy()
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -16,7 +16,14 @@ from flax import nnx
 from jax import Array
 
 from vla_rl.data.replay import ReplayBatch
-from vla_rl.offpolicy.bc_flow import FlowNetConfig, OneStepMLP, VelocityMLP, flow_matching_loss, integrate_flow
+from vla_rl.offpolicy.bc_flow import (
+    FlowNetConfig,
+    OneStepMLP,
+    VelocityMLP,
+    candidate_noise,
+    flow_matching_loss,
+    integrate_flow,
+)
 from vla_rl.offpolicy.critics import (
     CriticConfig,
     EnsembleReduction,
@@ -92,8 +99,7 @@ class QC:
     def act(self, state: TrainState, obs: Array, noise: Array, *, explore: bool) -> Array:
         """Chunks [N, H, A]; the deployed policy is the exploring one, a sample of the flow that Q has improved.
 
-        `noise` [N, H, A] starts the first candidate; that of the others is drawn by a generator which the bits of the
-        row's noise seed. Members of a `reduction` over a subset are always the same here."""
+        `noise` [N, H, A]: see `candidate_noise`. Members of a `reduction` over a subset are always the same here."""
         del explore
         return self._act(state.params, obs, noise)
 
@@ -115,12 +121,7 @@ class QC:
         return jax.random.normal(key, (num, rows, self.spec.action_horizon, self.spec.action_dim))
 
     def _act_pure(self, params: dict[str, Params], obs: Array, noise: Array) -> Array:
-        def more(own: Array) -> Array:
-            first, last = jax.lax.bitcast_convert_type(own, jnp.uint32).reshape(-1)[jnp.asarray([0, -1])]
-            key = jax.random.fold_in(jax.random.key(first), last)
-            return jnp.concatenate([own[None], jax.random.normal(key, (self._num_candidates - 1, *own.shape))])
-
-        return self._chunks(params, obs, jax.vmap(more, out_axes=1)(noise), jax.random.key(0))
+        return self._chunks(params, obs, candidate_noise(noise, self._num_candidates), jax.random.key(0))
 
     @property
     def _num_candidates(self) -> int:

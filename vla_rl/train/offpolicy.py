@@ -20,7 +20,7 @@ from vla_rl.data.replay import ReplayBatch, ReplayBuffer, ReplayConfig
 from vla_rl.data.replay_mixing import MixedReplay
 from vla_rl.data.replay_writer import EpisodeWriter
 from vla_rl.envs.vector import ChunkedEnv
-from vla_rl.offpolicy.build import AgentConfig
+from vla_rl.offpolicy.build import AgentConfig, SteeringConfig
 from vla_rl.offpolicy.co_rft import CoRFTConfig
 from vla_rl.offpolicy.policy_learner import PolicyLearnerConfig
 from vla_rl.offpolicy.wsrl import CarryOver
@@ -34,7 +34,8 @@ MAY_CHANGE = ("num_updates", "num_env_steps", "eval_interval", "checkpoint_inter
 
 
 class ReplayLearner(Protocol):
-    """What the trainers ask of a learner: an agent of its own (`AgentLearner`), or a torch policy with a critic."""
+    """What the trainers ask of a learner: an agent of its own (`AgentLearner`), one that steers a frozen torch policy
+    (`SteeredLearner`), or a torch policy that learns itself (`PolicyLearner`)."""
 
     horizon: int
     needs_prefixes: bool
@@ -162,14 +163,15 @@ class OnlineConfig:
 class OffPolicyConfig:
     """Reinforcement learning from replay: `offline` from demonstrations, then `online`; None leaves a stage out.
 
-    `agent`: what learns; one of its own that sees the state alone, or a `PolicyLearnerConfig`, which improves the
-    policy of supervised fine-tuning. `online_agent`: after the switch (None: the same). `horizon`: steps of a chunk.
+    `agent`: what learns; one of its own that sees the state alone, a `PolicyLearnerConfig`, which improves the policy
+    of supervised fine-tuning, or a `SteeringConfig`, which steers that policy and leaves it as it is. `online_agent`:
+    after the switch (None: the same). `horizon`: steps of a chunk.
     `cloning`: behaviour cloning of the actor before `offline`, stage 1 of CO-RFT.
     All stages read the same `replay`; its reward scale and bias must be one, as the values are.
     """
 
-    agent: AgentConfig | PolicyLearnerConfig = field(default_factory=PolicyLearnerConfig)
-    online_agent: AgentConfig | PolicyLearnerConfig | None = None
+    agent: AgentConfig | PolicyLearnerConfig | SteeringConfig = field(default_factory=PolicyLearnerConfig)
+    online_agent: AgentConfig | PolicyLearnerConfig | SteeringConfig | None = None
     replay: ReplayConfig = field(default_factory=lambda: ReplayConfig(capacity=100_000, gamma=0.99))
     horizon: int = 4
     cloning: OfflineConfig | None = None
@@ -184,10 +186,10 @@ class OffPolicyConfig:
             raise ValueError("OffPolicyConfig.cloning is for a CoRFTConfig and an offline stage after it")
         if self.online_agent is not None and self.online is None:
             raise ValueError("OffPolicyConfig.online_agent has no effect without online")
-        if (self.online_agent is not None) and self.improves_policy != isinstance(
-            self.online_agent, PolicyLearnerConfig
-        ):
-            raise ValueError("agent and online_agent must both improve a policy, or both act by themselves")
+        if self.online_agent is not None and _role(self.agent) != _role(self.online_agent):
+            raise ValueError(
+                "agent and online_agent must both improve a policy, both steer one, or both act by themselves"
+            )
         if self.online_agent is not None and self.offline is None:
             raise ValueError("OffPolicyConfig.online_agent is that after the switch: without offline there is none")
         if self.online is not None:
@@ -198,7 +200,7 @@ class OffPolicyConfig:
     @property
     def improves_policy(self) -> bool:
         """Whether it starts from a fine-tuned policy, instead of an agent of its own."""
-        return isinstance(self.agent, PolicyLearnerConfig)
+        return _role(self.agent) != "acts"
 
     @property
     def execution_horizon(self) -> int:
@@ -209,6 +211,12 @@ class OffPolicyConfig:
         """The same with another seed in every stage."""
         stages = {name: getattr(self, name) for name in ("cloning", "offline", "online")}
         return replace(self, **{name: replace(stage, seed=seed) for name, stage in stages.items() if stage is not None})
+
+
+def _role(agent: Any) -> str:
+    if isinstance(agent, SteeringConfig):
+        return "steers"
+    return "improves" if isinstance(agent, PolicyLearnerConfig) else "acts"
 
 
 def _at_least_one(config: Any, *names: str) -> None:

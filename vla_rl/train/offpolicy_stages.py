@@ -18,14 +18,16 @@ from vla_rl.data.normalization import Normalizer
 from vla_rl.data.replay import ReplayBuffer, ReplayConfig
 from vla_rl.data.replay_writer import add_lerobot
 from vla_rl.envs.vector import ChunkedEnv
-from vla_rl.offpolicy.build import build_agent
+from vla_rl.offpolicy.build import SteeringConfig, build_agent, build_steering
 from vla_rl.offpolicy.co_rft import BehaviorCloningConfig, CoRFTConfig
 from vla_rl.offpolicy.learner import AgentLearner
 from vla_rl.offpolicy.networks import AgentSpec
 from vla_rl.offpolicy.policy_learner import PolicyLearner, PolicyLearnerConfig
+from vla_rl.offpolicy.steered_learner import SteeredLearner
 from vla_rl.offpolicy.wsrl import carry_over
 from vla_rl.policies.agent import AgentPolicy, AgentPolicyConfig
 from vla_rl.policies.checkpoints.native import save_policy
+from vla_rl.policies.steered import SteeredPolicy, SteeredPolicyConfig, require_steerable
 from vla_rl.train.checkpoint import load_state
 from vla_rl.train.loop import POLICY_FOLDER, STATE_FILE, TrainResult, run_iterations
 from vla_rl.train.offpolicy import OfflineTrainer, OffPolicyConfig, OnlineTrainer, online_buffer
@@ -36,12 +38,17 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 def build_learner(
     config: Any, spec: EnvSpec, horizon: int, *, policy: nn.Module | None, dataset: LeRobotDataset | None, seed: int
-) -> AgentLearner | PolicyLearner:
-    """A learner for the environment of `spec`. `policy`: what a `PolicyLearnerConfig` improves. `dataset`: statistics
-    of the state for an agent of its own (None: the state is taken as it is)."""
+) -> AgentLearner | PolicyLearner | SteeredLearner:
+    """A learner for the environment of `spec`. `policy`: what a `PolicyLearnerConfig` improves and a `SteeringConfig`
+    steers. `dataset`: statistics of the state for an agent of its own (None: the state is taken as it is)."""
+    if isinstance(config, PolicyLearnerConfig | SteeringConfig) and policy is None:
+        raise ValueError("this recipe improves a fine-tuned policy; give it with --from")
+    if isinstance(config, SteeringConfig):
+        base: Any = policy
+        require_steerable(base, horizon, spec.action)
+        return SteeredLearner(SteeredPolicy(SteeredPolicyConfig(base.config, config), base, spec.action), seed)
     if isinstance(config, PolicyLearnerConfig):
-        if policy is None:
-            raise ValueError("this recipe improves a fine-tuned policy; give it with --from")
+        assert policy is not None
         return PolicyLearner(policy, config, horizon=horizon, action_spec=spec.action, seed=seed)
     agent = AgentPolicy(AgentPolicyConfig(config, horizon, spec.state_dim, spec.action.dim))
     state = Normalizer.identity(spec.state_dim)
@@ -61,6 +68,10 @@ def check_stages(config: OffPolicyConfig, spec: EnvSpec, policy: nn.Module | Non
     def agent_of(agent: Any) -> Any:
         if isinstance(agent, PolicyLearnerConfig):
             return build_learner(agent, spec, config.horizon, policy=policy, dataset=None, seed=0).agent
+        if isinstance(agent, SteeringConfig):
+            base: Any = policy
+            require_steerable(base, config.horizon, spec.action)
+            return build_steering(agent, AgentSpec(base.feature_dim, base.action_horizon, base.action_dim))
         return build_agent(agent, AgentSpec(spec.state_dim, config.horizon, spec.action.dim))
 
     def first_states() -> Any:

@@ -1,0 +1,107 @@
+"""A frozen flow policy that a small agent steers: by its noise (DSRL), by edits (EXPO), by a correction (residual).
+
+The base policy and the agent's parameters are in one folder, so it is saved, evaluated and deployed like any other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jax import Array
+from torch import Tensor, nn
+
+from vla_rl.core import ActionChunk, ActionSpec, Observation
+from vla_rl.data.normalization import Normalizer
+from vla_rl.flow.sampling import ode
+from vla_rl.offpolicy.arrays import to_jax, to_torch
+from vla_rl.offpolicy.build import SteeringConfig, build_steering
+from vla_rl.offpolicy.dsrl import DSRLConfig
+from vla_rl.offpolicy.networks import AgentSpec
+from vla_rl.offpolicy.steering import steered_chunks
+from vla_rl.policies.blocks.deployed_agent import DeployedAgent
+from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
+from vla_rl.policies.checkpoints.native import policy_class_of
+from vla_rl.policies.flow_mlp import FlowMLPConfig
+from vla_rl.policies.tiny import TinyVLAConfig
+from vla_rl.protocols import LearnsFromFeatures, require
+
+
+@dataclass(frozen=True)
+class SteeredPolicyConfig:
+    """`base`: the frozen policy's own, with its sizes. `agent`: what steers it; a `DSRLConfig` is DSRL with noise
+    aliasing."""
+
+    base: FlowMLPConfig | TinyVLAConfig = field(default_factory=FlowMLPConfig)
+    agent: SteeringConfig = field(default_factory=DSRLConfig)
+
+    @property
+    def action_horizon(self) -> int:
+        return self.base.action_horizon
+
+
+class SteeredPolicy(DeployedAgent):
+    """Implements `Policy`. `base`: the policy to freeze, on its device; without it weights and bounds are to be loaded.
+
+    `action_normalizer` maps the bounds of `action_spec` to [-1, 1], where the agent sees all chunks.
+    """
+
+    def __init__(
+        self, config: SteeredPolicyConfig, base: nn.Module | None = None, action_spec: ActionSpec | None = None
+    ) -> None:
+        policy: Any = policy_class_of(config.base)(config.base) if base is None else base
+        spec = AgentSpec(policy.feature_dim, policy.action_horizon, policy.action_dim)
+        super().__init__(build_steering(config.agent, spec))
+        self.config = config
+        self.base: Any = policy.requires_grad_(False)
+        self.action_horizon, self.action_dim = spec.action_horizon, spec.action_dim
+        self.action_normalizer = NormalizerBuffers(self.action_dim)
+        if action_spec is not None:
+            low, high = torch.tensor(action_spec.low), torch.tensor(action_spec.high)
+            self.action_normalizer.set(Normalizer.bounds(low, high, kind="min_max"))
+        if base is not None:
+            self.to(next(base.parameters()).device)
+
+    def act(self, obs: Observation, noise: Tensor) -> ActionChunk:
+        """The deployed chunk, [N, H, A] in the environment's units. `noise` chooses EXPO's base chunks; the others
+        have no use for it."""
+        return ActionChunk(self._chunk(obs, noise, explore=False))
+
+    def explore(self, obs: Observation, noise: Tensor) -> Tensor:
+        """A chunk to explore with, [N, H, A] in the environment's units."""
+        return self._chunk(obs, noise, explore=True)
+
+    @torch.no_grad()
+    def base_chunks(self, features: Array, noise: Array) -> Array:
+        """Features [M, F] and noise [M, H, A] -> the base policy's chunks as they are executed, in [-1, 1]."""
+        device = self.action_normalizer.offset.device
+        prefix = self.base.prefix_of(to_torch(features, device))
+        chunks = ode(self.base, prefix, to_torch(noise, device), self.base.config.num_steps)
+        return to_jax(self.action_normalizer.normalize(self.base.unnormalize_actions(chunks)).clamp(-1.0, 1.0))
+
+    @torch.no_grad()
+    def _chunk(self, obs: Observation, noise: Tensor, explore: bool) -> Tensor:
+        features = to_jax(self.base.encode(self.base.preprocess(obs)).pooled)
+        chunk = steered_chunks(
+            self.agent, self.deployed_state, features, to_jax(noise), self.base_chunks, explore=explore
+        )
+        return self.action_normalizer.unnormalize(to_torch(chunk, self.action_normalizer.offset.device))
+
+
+def require_steerable(policy: nn.Module, horizon: int, action_spec: ActionSpec) -> None:
+    """Raise TypeError for a policy that makes no chunks of noise and features, and ValueError where a chunk of the
+    agent, `horizon` steps, is not one of the policy, or the bounds are not finite."""
+    require(policy, LearnsFromFeatures, by="steering a frozen policy")
+    own: Any = policy
+    if horizon != own.action_horizon:
+        raise ValueError(
+            f"horizon is {horizon}, the policy predicts {own.action_horizon} steps; whole chunks are steered, so make "
+            "train.horizon and policy.action_horizon equal"
+        )
+    if not all(math.isfinite(bound) for bound in (*action_spec.low, *action_spec.high)):
+        raise ValueError(f"steering needs finite action bounds, got {action_spec}")
+
+
+__all__ = ["SteeredPolicy", "SteeredPolicyConfig", "require_steerable"]
