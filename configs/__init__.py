@@ -32,6 +32,10 @@ RECIPES = {
     "maze_qc_fql": "vla_rl.configs.maze:qc_fql",
     "maze_fql": "vla_rl.configs.maze:fql",
     "maze_pa_rl": "vla_rl.configs.maze:pa_rl",
+    "maze_conrft": "vla_rl.configs.maze:conrft",
+    "maze_dsrl": "vla_rl.configs.maze:dsrl",
+    "maze_expo": "vla_rl.configs.maze:expo",
+    "maze_residual": "vla_rl.configs.maze:residual",
     "maze_smoke": "vla_rl.configs.maze:smoke",
     "cql": "vla_rl.configs.offpolicy_papers:cql",
     "calql": "vla_rl.configs.offpolicy_papers:calql",
@@ -44,6 +48,10 @@ RECIPES = {
     "qc_fql": "vla_rl.configs.offpolicy_papers:qc_fql",
     "fql": "vla_rl.configs.offpolicy_papers:fql",
     "pa_rl": "vla_rl.configs.offpolicy_papers:pa_rl",
+    "conrft": "vla_rl.configs.offpolicy_papers:conrft",
+    "dsrl": "vla_rl.configs.offpolicy_papers:dsrl",
+    "expo": "vla_rl.configs.offpolicy_papers:expo",
+    "residual": "vla_rl.configs.offpolicy_papers:residual",
 }
 
 

@@ -13,9 +13,14 @@ from vla_rl.data.replay import ReplayConfig
 from vla_rl.envs.config import PointMazeConfig
 from vla_rl.envs.point_maze import BROAD_BEHAVIOUR
 from vla_rl.offpolicy.bc_flow import FlowNetConfig
+from vla_rl.offpolicy.build import SteeringConfig
 from vla_rl.offpolicy.calql import CalQLConfig, ConservativeConfig
 from vla_rl.offpolicy.co_rft import CoRFTConfig
+from vla_rl.offpolicy.conrft import CRITIC_UPDATES, DEMO_SHARE, conrft_offline, conrft_online
 from vla_rl.offpolicy.critics import EnsembleReduction, MLPCriticConfig
+from vla_rl.offpolicy.dsrl import DSRLConfig
+from vla_rl.offpolicy.edits import EditConfig
+from vla_rl.offpolicy.expo import ExpoConfig
 from vla_rl.offpolicy.improvement import ImprovementConfig
 from vla_rl.offpolicy.iql import IQLConfig
 from vla_rl.offpolicy.networks import ActorNetConfig
@@ -23,6 +28,7 @@ from vla_rl.offpolicy.pa_rl import CriticAgentConfig
 from vla_rl.offpolicy.policy_learner import PolicyLearnerConfig
 from vla_rl.offpolicy.prefix_critic import PrefixCriticConfig
 from vla_rl.offpolicy.qc import QCConfig
+from vla_rl.offpolicy.residual import ResidualConfig
 from vla_rl.offpolicy.sac import SACConfig
 from vla_rl.offpolicy.td3 import TD3Config
 from vla_rl.offpolicy.wsrl import CarryOver
@@ -183,6 +189,59 @@ def pa_rl() -> Recipe:
     agent = PolicyLearnerConfig(critic=critic, policy_learning_rate=3e-4, bc_weight=0.2)
     online = replace(KEEPS_DATA, execution_horizon=CHUNK, carried=CarryOver(moments=False))
     return _maze(OffPolicyConfig(agent=agent, horizon=CHUNK, offline=OFFLINE, online=online))
+
+
+def conrft() -> Recipe:
+    """Maze: ConRFT of a fine-tuned torch flow policy: imitation under Cal-QL, then its own chunks climb Q.
+
+    Returns are tens of times those of ConRFT's tasks, so the weight of Q is as many times smaller."""
+    critic = CriticAgentConfig(
+        critic=replace(CRITIC, num_members=2),
+        tau=TAU,
+        target_reduction=EnsembleReduction("min", None),
+        conservative=ConservativeConfig(alpha=1.0, num_actions=4, form="logsumexp", bound_random_actions=True),
+    )
+    offline = replace(conrft_offline(), critic=critic, policy_batch_size=128)
+    online = replace(KEEPS_DATA, execution_horizon=CHUNK, updates_per_call=CRITIC_UPDATES, offline_ratio=DEMO_SHARE)
+    train = OffPolicyConfig(
+        agent=offline,
+        online_agent=replace(conrft_online(offline), bc_weight=1.0, q_weight=0.1),
+        horizon=CHUNK,
+        offline=replace(OFFLINE, updates_per_call=CRITIC_UPDATES),
+        online=online,
+    )
+    return _maze(train)
+
+
+def _steering(agent: SteeringConfig) -> Recipe:
+    """From the frozen policy on, with half of each minibatch demonstrations."""
+    return _maze(OffPolicyConfig(agent=agent, horizon=CHUNK, online=replace(KEEPS_DATA, execution_horizon=CHUNK)))
+
+
+def dsrl() -> Recipe:
+    """Maze: DSRL with noise aliasing: an agent chooses the noise of a frozen flow policy."""
+    sac = replace(
+        DSRLConfig().sac,
+        actor=ACTOR,
+        critic=CRITIC,
+        target_reduction=EnsembleReduction("min", 2),
+        initial_temperature=0.1,
+        tau=TAU,
+    )
+    return _steering(DSRLConfig(sac=sac, distill_reduction=EnsembleReduction("mean", None)))
+
+
+def expo() -> Recipe:
+    """Maze: EXPO: the best of a frozen flow policy's chunks and of edits of them."""
+    edit = EditConfig(scale=0.1, net=ActorNetConfig(HIDDEN, layer_norm=False), initial_temperature=0.1)
+    return _steering(ExpoConfig(num_base=4, edit=edit, critic=CRITIC, tau=TAU))
+
+
+def residual() -> Recipe:
+    """Maze: a residual on the chunks that a frozen flow policy makes of zero noise."""
+    default = ResidualConfig()
+    edit = replace(default.edit, scale=0.2, net=replace(default.edit.net, hidden_sizes=HIDDEN))
+    return _steering(replace(default, edit=edit, critic=CRITIC, tau=TAU))
 
 
 def smoke() -> Recipe:

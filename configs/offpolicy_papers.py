@@ -12,15 +12,20 @@ from dataclasses import replace
 from vla_rl.configs.demo import demo
 from vla_rl.data.replay import ReplayConfig, SamplingWeights
 from vla_rl.envs.config import EnvConfig
+from vla_rl.offpolicy.build import SteeringConfig
 from vla_rl.offpolicy.calql import CalQLConfig, ConservativeConfig
 from vla_rl.offpolicy.co_rft import CoRFTConfig
+from vla_rl.offpolicy.conrft import CRITIC_UPDATES, DEMO_SHARE, conrft_offline, conrft_online
 from vla_rl.offpolicy.critics import MLPCriticConfig
+from vla_rl.offpolicy.dsrl import DSRLConfig
+from vla_rl.offpolicy.expo import ExpoConfig
 from vla_rl.offpolicy.iql import IQLConfig
 from vla_rl.offpolicy.networks import ActorNetConfig
 from vla_rl.offpolicy.pa_rl import pa_rl_config
 from vla_rl.offpolicy.policy_learner import PolicyLearnerConfig
 from vla_rl.offpolicy.prefix_critic import PrefixCriticConfig
 from vla_rl.offpolicy.qc import QCConfig
+from vla_rl.offpolicy.residual import ResidualConfig
 from vla_rl.offpolicy.rlpd import BATCH_SIZE, NUM_RANDOM_STEPS, OFFLINE_SHARE, UTD_RATIO, rlpd_config
 from vla_rl.offpolicy.sac import SACConfig
 from vla_rl.offpolicy.td3 import TD3Config
@@ -164,4 +169,51 @@ def pa_rl() -> Recipe:
     return replace(start, policy=TinyVLAConfig(action_horizon=8), train=train)
 
 
-__all__ = ["calql", "co_rft", "cql", "fql", "iql", "pa_rl", "qc", "qc_fql", "rlpd", "td3_bc", "wsrl"]
+def conrft() -> Recipe:
+    """ConRFT (arXiv 2502.05450) of the tiny VLA from pictures and sentences, with half demonstrations online."""
+    recipe = pa_rl()
+    train = recipe.train
+    assert isinstance(train, OffPolicyConfig)
+    assert train.offline is not None
+    assert train.online is not None
+    train = replace(
+        train,
+        agent=conrft_offline(),
+        online_agent=conrft_online(),
+        replay=ReplayConfig(capacity=60_000, gamma=0.98, reward_bias=-0.05, reward_low=0.0),
+        offline=replace(train.offline, updates_per_call=CRITIC_UPDATES),
+        online=replace(train.online, updates_per_call=CRITIC_UPDATES, offline_ratio=DEMO_SHARE, carried=CarryOver()),
+    )
+    return replace(recipe, train=train)
+
+
+def _steering(agent: SteeringConfig) -> Recipe:
+    """RLPD's schedule on a frozen flow policy: half of each minibatch demonstrations, UTD 20."""
+    start = rlpd()
+    train = start.train
+    assert isinstance(train, OffPolicyConfig)
+    assert train.online is not None
+    online = replace(train.online, random_env_steps=0, execution_horizon=CHUNK)
+    train = replace(train, agent=agent, horizon=CHUNK, online=online)
+    return replace(start, policy=FlowMLPConfig(action_horizon=CHUNK), train=train)
+
+
+def dsrl() -> Recipe:
+    """DSRL (arXiv 2506.15799) with noise aliasing, the sizes of its robomimic runs, on a frozen flow policy."""
+    return _steering(DSRLConfig())
+
+
+def expo() -> Recipe:
+    """EXPO: the best of eight chunks of a frozen flow policy and of edits of them."""
+    return _steering(ExpoConfig())
+
+
+def residual() -> Recipe:
+    """A residual of ResiP's form (arXiv 2407.16677) on a frozen flow policy, by SAC instead of PPO."""
+    return _steering(ResidualConfig())
+
+
+__all__ = [
+    "calql", "co_rft", "conrft", "cql", "dsrl", "expo", "fql", "iql", "pa_rl", "qc", "qc_fql", "residual", "rlpd",
+    "td3_bc", "wsrl",
+]  # fmt: skip
