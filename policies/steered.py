@@ -90,7 +90,7 @@ class SteeredPolicy(DeployedAgent):
         return self.action_normalizer.unnormalize(to_torch(chunk, self.action_normalizer.offset.device))
 
 
-def require_steerable(policy: nn.Module, horizon: int, action_spec: ActionSpec) -> None:
+def require_steerable(policy: nn.Module | None, horizon: int, action_spec: ActionSpec) -> None:
     """Raise TypeError for a policy that makes no chunks of noise and features, and ValueError where a chunk of the
     agent, `horizon` steps, is not one of the policy, or the bounds are not finite."""
     require(policy, LearnsFromFeatures, by="steering a frozen policy")

@@ -150,6 +150,7 @@ def test_ctrl_c_in_a_stage_saves_and_resume_goes_on(stage, tmp_path, uninterrupt
         (["maze_wsrl", "--dataset", "nowhere"], "nowhere"),
         (["maze_wsrl", "--dataset", "x", "--from", "policy"], "leave --from out"),
         (["maze_pa_rl", "--dataset", "x"], "give it with --from"),
+        (["maze_dsrl", "--dataset", "x"], "give it with --from"),
         (["maze_wsrl", "--train.online-agent.critic.num-members", "3"], "another network offline"),
         (["maze_wsrl", "--env.layout", "spiral"], "no layout 'spiral'; choose one of wall_gap"),
     ],
@@ -211,11 +212,11 @@ def test_demonstrations_begin_anywhere_and_episodes_of_learning_far_away(tmp_pat
     assert not torch.equal(begins, other)
 
 
-MAZE = [name for name in RECIPES if name.startswith("maze_")]
+FROM_REPLAY = [name for name, entry in RECIPES.items() if "configs.maze" in entry or "configs.offpolicy" in entry]
 
 
-@pytest.mark.parametrize("name", MAZE)
-def test_the_parts_of_every_maze_recipe_fit(name):
+@pytest.mark.parametrize("name", FROM_REPLAY)
+def test_the_parts_of_every_recipe_fit(name):
     from vla_rl.train.stages import check_recipe
 
     check_recipe(get_recipe(name))

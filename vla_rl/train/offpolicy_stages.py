@@ -70,8 +70,7 @@ def check_stages(config: OffPolicyConfig, spec: EnvSpec, policy: nn.Module | Non
             return build_learner(agent, spec, config.horizon, policy=policy, dataset=None, seed=0).agent
         if isinstance(agent, SteeringConfig):
             base: Any = policy
-            require_steerable(base, config.horizon, spec.action)
-            return build_steering(agent, AgentSpec(base.feature_dim, base.action_horizon, base.action_dim))
+            return build_steering(agent, AgentSpec(base.feature_dim, config.horizon, spec.action.dim))
         return build_agent(agent, AgentSpec(spec.state_dim, config.horizon, spec.action.dim))
 
     def first_states() -> Any:
@@ -82,6 +81,8 @@ def check_stages(config: OffPolicyConfig, spec: EnvSpec, policy: nn.Module | Non
             return carry_over(state, last, config.online.carried, 0)
         return state
 
+    if isinstance(config.agent, SteeringConfig):
+        require_steerable(policy, config.horizon, spec.action)
     jax.eval_shape(first_states)
 
 
