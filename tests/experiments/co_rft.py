@@ -44,6 +44,7 @@ from vla_rl.train.stages import record_demos
 SPLITS = ("test", "ood")
 NUM_EPISODES = 100
 REWARD_WEIGHT = 10.0
+CLONING_UPDATES = 5_000
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,14 @@ def training(method: Method, num_updates: int, seed: int) -> OffPolicyConfig:
         bc_weight=1.0,
         trained_prefixes=3 if method.horizon == 10 else None,
     )
-    stage = OfflineConfig(num_updates=num_updates, batch_size=256, updates_per_iteration=500, seed=seed)
+    stage = OfflineConfig(num_updates=CLONING_UPDATES, batch_size=256, updates_per_iteration=500, seed=seed)
     weights = SamplingWeights(reward=REWARD_WEIGHT) if method.upsample else SamplingWeights()
     return OffPolicyConfig(
         agent=CoRFTConfig(td3=td3, calibrate=method.calibrate),
         replay=ReplayConfig(capacity=10_000, gamma=0.99, reward_low=0.0, weights=weights),
         horizon=method.horizon,
         cloning=stage,
-        offline=replace(stage, updates_per_call=2),
+        offline=replace(stage, num_updates=num_updates, batch_size=128, updates_per_call=2),
     )
 
 
@@ -192,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", default="pick")
     parser.add_argument("--demos", type=int, nargs="+", default=[30, 60])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--updates", type=int, default=5_000, help="of each stage")
+    parser.add_argument("--updates", type=int, default=2_000, help="of the critic")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/experiments/co_rft"))
     o = parser.parse_args(argv)

@@ -95,9 +95,13 @@ def main(module: str, argv: Sequence[str] | None = None) -> int:
 
 
 def run_jobs(function: Callable[..., str], jobs: Sequence[tuple[Any, ...]], processes: int) -> None:
-    """Call `function(*job)` for every job in so many processes, and print what each returns."""
+    """Call `function(*job)` for every job, so many at a time, and print what each returns.
+
+    Each has a process of its own: JAX keeps what it compiled, and the data that it was compiled with, until it ends.
+    """
     start = time.monotonic()
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
         submitted = [pool.submit(function, *job) for job in jobs]
         for done, future in enumerate(as_completed(submitted), start=1):
             left = (time.monotonic() - start) / done * (len(jobs) - done)

@@ -179,17 +179,17 @@ class Arm:
 
 
 ARMS = {
-    "wsrl_calql": Arm("WSRL from Cal-QL", "calql"),
-    "wsrl_calql_k0": Arm("WSRL from Cal-QL, no warm-up but its first batch", "calql", warmup_env_steps=0),
-    "wsrl_calql_k2000": Arm("WSRL from Cal-QL, warm-up of 2000", "calql", warmup_env_steps=2000),
-    "calql_online": Arm("Cal-QL goes on without its data", "calql", keeps_pessimism=True),
+    "wsrl_calql": Arm("WSRL from Cal-QL", "calql"),  # K = 1000
+    "wsrl_calql_k0": Arm("WSRL from Cal-QL, K = 0", "calql", warmup_env_steps=0),
+    "wsrl_calql_k2000": Arm("WSRL from Cal-QL, K = 2000", "calql", warmup_env_steps=2000),
+    "calql_online": Arm("Cal-QL goes on, no data", "calql", keeps_pessimism=True),
     "wsrl_cql": Arm("WSRL from CQL", "cql"),
-    "cql_online": Arm("CQL goes on without its data", "cql", keeps_pessimism=True),
-    "rlpd": Arm("RLPD from nothing, half offline data", None, warmup_env_steps=250, offline_ratio=0.5),
+    "cql_online": Arm("CQL goes on, no data", "cql", keeps_pessimism=True),
+    "rlpd": Arm("RLPD from nothing", None, warmup_env_steps=250, offline_ratio=0.5),
     "fresh_target": Arm("control: fresh target network", "calql", carried=CarryOver(target="fresh")),
-    "reset_moments": Arm("control: optimisers start anew", "calql", carried=CarryOver(moments=False)),
-    "reset_temperature": Arm("control: temperature starts anew", "calql", carried=CarryOver(temperature=False)),
-    "wrong_reward": Arm("control: online reward without the offline bias", "calql", wrong_reward=True),
+    "reset_moments": Arm("control: new optimisers", "calql", carried=CarryOver(moments=False)),
+    "reset_temperature": Arm("control: new temperature", "calql", carried=CarryOver(temperature=False)),
+    "wrong_reward": Arm("control: wrong reward", "calql", wrong_reward=True),
 }
 OFFLINE = ("calql", "cql")
 
@@ -419,7 +419,7 @@ def report(out: Path, task: str, seeds: Sequence[int], arms: Sequence[str]) -> P
     ]
     curves = []
     for name in arms:
-        role = "trained" if name == "wsrl_calql" else "control" if name.endswith("online") else "other"
+        role = "trained" if name == "wsrl_calql" else "control" if name == "calql_online" else "other"
         rows.append(ReportRow(ARMS[name].label, role, merged(name)))
         curves.append(Curve(ARMS[name].label, role, out / f"seed_{seeds[0]}" / name))
     return write_report(

@@ -14,6 +14,7 @@ from html import escape
 from vla_rl.evaluation.statistics import Rate
 
 _WIDTH = 344.0
+_LABEL = 27  # characters that fit beside the interval
 _Scale = Callable[[float], float]
 
 
@@ -52,7 +53,8 @@ def bar_chart(bars: Sequence[Bar], title: str) -> str:
         parts.append(_text(at(tick), height - 6, f"{tick:.0%}", "tick", anchor))
     for i, bar in enumerate(bars):
         y = top + row * i
-        parts.append(_text(left, y + 13, bar.label, "label"))
+        name = bar.label if len(bar.label) <= _LABEL else bar.label[: _LABEL - 1].rstrip() + "\u2026"
+        parts.append(_text(left, y + 13, name, "label"))  # the table beside it has the whole name
         interval = f"{bar.rate.rate:.1%}  [{bar.rate.low:.1%}, {bar.rate.high:.1%}]"
         parts.append(_text(right, y + 13, interval, "value", "end"))
         width = max(1.5, at(bar.rate.rate) - left)
