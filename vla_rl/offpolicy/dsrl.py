@@ -22,7 +22,7 @@ from vla_rl.offpolicy.critics import (
     EnsembleReduction,
     MLPCriticConfig,
     bootstrap_loss,
-    candidate_values,
+    reduced_values,
     successors,
 )
 from vla_rl.offpolicy.networks import ActorNetConfig, AgentSpec, Network, Params
@@ -163,8 +163,9 @@ class DSRLNA:
         batch, next_actions = inputs
         state, keys = split_key(state, 1)
         head, obs = self.config.sac.critic.head, successors(batch, self.num_prefixes)
-        values = candidate_values(self.nets.critic, head, state.params["target_critic"], obs, next_actions)[..., -1]
-        following = self.config.sac.target_reduction(values, keys[0]).mean(axis=0)
+        target, reduction = state.params["target_critic"], self.config.sac.target_reduction
+        values = reduced_values(self.nets.critic, head, reduction, target, obs, next_actions, keys[0])
+        following = values[..., -1].mean(axis=0)
         gradient, metrics = jax.grad(
             lambda critic: bootstrap_loss(self.nets.critic, head, critic, batch, following, self.num_prefixes),
             has_aux=True,

@@ -21,6 +21,7 @@ from vla_rl.offpolicy.critics import (
     MLPCriticConfig,
     bootstrap_loss,
     candidate_values,
+    reduced_values,
     successors,
 )
 from vla_rl.offpolicy.edits import EditConfig, edit_step, sample_edits
@@ -125,8 +126,8 @@ class Expo:
         state, keys = split_key(state, 3)
         obs, head = successors(batch, self.num_prefixes), self.config.critic.head
         chunks = self._on_the_fly(state.params, obs, next_base, jax.random.normal(keys[0], next_base.shape), keys[1])
-        values = candidate_values(self.critic, head, state.params["target_critic"], obs, chunks[None])[:, 0, :, -1]
-        following = self.config.target_reduction(values, keys[2])
+        target, reduction = state.params["target_critic"], self.config.target_reduction
+        following = reduced_values(self.critic, head, reduction, target, obs, chunks[None], keys[2])[0, :, -1]
         gradient, metrics = jax.grad(
             lambda critic: bootstrap_loss(self.critic, head, critic, batch, following, self.num_prefixes), has_aux=True
         )(state.params["critic"])

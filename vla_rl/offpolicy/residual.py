@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 
 from vla_rl.data.replay import ReplayBatch
-from vla_rl.offpolicy.critics import EnsembleReduction, MLPCriticConfig, bootstrap_loss, candidate_values
+from vla_rl.offpolicy.critics import EnsembleReduction, MLPCriticConfig, bootstrap_loss, reduced_values
 from vla_rl.offpolicy.edits import EditConfig, edit_step, sample_edits, with_base
 from vla_rl.offpolicy.networks import ActorNetConfig, AgentSpec, Network, Params
 from vla_rl.offpolicy.sac import apply_critic_gradient
@@ -101,8 +101,8 @@ class Residual:
         next_obs, noise = jnp.asarray(batch.next_obs), jax.random.normal(keys[0], next_base.shape)
         chunks = self._corrected(state.params["actor"], next_obs, next_base, noise)
         seen_next = with_base(next_obs, next_base)
-        values = candidate_values(self.critic, head, state.params["target_critic"], seen_next, chunks[None])[:, 0, :, 0]
-        following = self.config.target_reduction(values, keys[1])
+        target, reduction = state.params["target_critic"], self.config.target_reduction
+        following = reduced_values(self.critic, head, reduction, target, seen_next, chunks[None], keys[1])[0, :, 0]
         seen = batch._replace(obs=with_base(jnp.asarray(batch.obs), base))
         gradient, metrics = jax.grad(
             lambda critic: bootstrap_loss(self.critic, head, critic, seen, following, 1), has_aux=True
@@ -115,8 +115,8 @@ class Residual:
 
         def q(obs: Array, chunks: Array) -> Array:
             seen = with_base(obs, base)
-            values = candidate_values(self.critic, self.config.critic.head, state.params["critic"], seen, chunks)
-            return self.config.actor_reduction(values[..., 0], keys[0])
+            head, reduction, critic = self.config.critic.head, self.config.actor_reduction, state.params["critic"]
+            return reduced_values(self.critic, head, reduction, critic, seen, chunks, keys[0])[..., 0]
 
         return edit_step(self.actor, self.config.edit, self.spec, self._optimizers, state, q, batch, base)
 
