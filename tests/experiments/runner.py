@@ -3,7 +3,7 @@
 An experiment is a module with `EXPERIMENT`, and runs as `python -m tests.experiments.NAME --seeds 0 1 2`.
 Every method starts from the policy of its seed and is evaluated on the same held-out episodes. The summary says
 whether what is required holds: each trained method's rate at least `required`, each control's at most `control_margin`
-above the start.
+above the start, and of each pair in `ahead` the first method's rate above the second's, all seeds together.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 
 from vla_rl.data.lerobot_format import atomic_write_json
 from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.evaluation.compare import compare
 from vla_rl.evaluation.evaluate import evaluate
 from vla_rl.evaluation.report import Curve, ReportData, ReportRow, write_report
 from vla_rl.evaluation.result import EvalResult
@@ -63,6 +64,7 @@ class Experiment:
     required: float
     start_range: tuple[float, float]
     control_margin: float = 0.08
+    ahead: tuple[tuple[str, str], ...] = ()
 
 
 def main(module: str, argv: Sequence[str] | None = None) -> int:
@@ -196,12 +198,21 @@ def summarise(experiment: Experiment, out: Path, seeds: Sequence[int], methods: 
             if inner is not None:
                 at = EvalResult.load(out / f"seed_{seed}" / inner[0] / "evaluation").success_once.as_dict()
                 runs.append({"method": inner[0], "role": "other", "seed": seed, "sft": before.as_dict(), "rl": at})
+    leads = []
+    evaluated = {START, *(run["method"] for run in runs)}
+    for first, second in experiment.ahead:
+        if {first, second} <= evaluated:
+            lead = compare(_merged(out, seeds, second), _merged(out, seeds, first)).overall.difference
+            leads.append({"ahead": first, "of": second, **lead.as_dict()})
+            if lead.low <= 0.0:
+                failures.append(f"{first} is ahead of {second} by {lead}, required an interval above 0")
     return {
         "name": experiment.name,
         "passed": not failures,
         "failures": failures,
         "required": {"rl_at_least": experiment.required, "control_at_most_above_sft": experiment.control_margin},
         "runs": runs,
+        "ahead": leads,
         "env_steps": {name: _num_env_steps(experiment.methods[name].train) for name in methods},
         "methods": {name: config_to_dict(experiment.methods[name].train) for name in methods},
         "machine": describe_machine(),
@@ -221,9 +232,13 @@ def _metrics_folder(folder: Path) -> Path:
     return next((folder / stage for stage in ("online", "offline") if (folder / stage).exists()), folder)
 
 
+def _merged(out: Path, seeds: Sequence[int], name: str) -> EvalResult:
+    return EvalResult.merge([EvalResult.load(out / f"seed_{seed}" / name / "evaluation") for seed in seeds])
+
+
 def _report(experiment: Experiment, module: str, out: Path, seeds: Sequence[int], methods: Sequence[str]) -> Path:
     def merged(name: str) -> EvalResult:
-        return EvalResult.merge([EvalResult.load(out / f"seed_{seed}" / name / "evaluation") for seed in seeds])
+        return _merged(out, seeds, name)
 
     first = next(name for name in methods if experiment.methods[name].role == "trained")
     rows = [ReportRow("start", "baseline", merged(START), "the policy that every method starts from")]
