@@ -73,10 +73,8 @@ EXPERIMENT = Experiment(
     make_env=make_env,
     methods={
         "wsrl": Method("CO-RFT, then WSRL", RECIPE.train, "trained", inner=("co_rft", "offline")),
-        "ppo": Method("Flow-SDE PPO, as many control steps", on_policy(ENV_STEPS), "other"),
-        "control": Method(
-            "the same, without a reward", without_reward(RECIPE.train), "other", inner=("imitation", "offline")
-        ),
+        "ppo": Method("Flow-SDE PPO", on_policy(ENV_STEPS), "other"),
+        "control": Method("the same, no reward", without_reward(RECIPE.train), "other", inner=("imitation", "offline")),
     },
     num_episodes=256,
     first_episode=0,

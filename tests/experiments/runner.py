@@ -41,7 +41,7 @@ START = "sft"
 @dataclass(frozen=True)
 class Method:
     """`role`: a "trained" one must reach `required`; a "control" must not learn; of an "other" nothing is required.
-    `inner`: the policy of an earlier stage, as a folder inside the run's, that is evaluated under its own name."""
+    `inner`: its name in the report, and the folder inside the run's, of an earlier stage's policy to evaluate too."""
 
     label: str
     train: TrainConfig | OffPolicyConfig
@@ -247,10 +247,10 @@ def _report(experiment: Experiment, module: str, out: Path, seeds: Sequence[int]
         method = experiment.methods[name]
         role = "control" if method.role == "control" else "trained" if name == first else "other"
         if method.inner is not None:
-            rows.append(ReportRow(f"{method.label}: {method.inner[0]}", "other", merged(method.inner[0])))
+            rows.append(ReportRow(method.inner[0], "other", merged(method.inner[0])))
         rows.append(ReportRow(method.label, role, merged(name)))
         metrics = _metrics_folder(out / f"seed_{seeds[0]}" / name)
-        curves.append(Curve(f"{method.label}, seed {seeds[0]}", role, metrics))
+        curves.append(Curve(method.label, role, metrics))
     source = describe_source()
     return write_report(
         out / "report.html",
@@ -258,7 +258,8 @@ def _report(experiment: Experiment, module: str, out: Path, seeds: Sequence[int]
             title=experiment.title,
             rows=tuple(rows),
             command=f"make experiment NAME={module.rpartition('.')[2]}",
-            description=f"{len(seeds)} training seeds, {experiment.num_episodes} held-out episodes each.",
+            description=f"{len(seeds)} training seeds, {experiment.num_episodes} held-out episodes each. Curves: seed "
+            f"{seeds[0]}.",
             curves=tuple(curves),
             provenance={
                 "revision": source["revision"],

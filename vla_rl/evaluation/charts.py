@@ -86,7 +86,8 @@ def line_chart(series: Sequence[Series], title: str, *, x_label: str, percent: b
         return bottom - (min(max(y, y_low), y_high) - y_low) / (y_high - y_low) * (bottom - top)
 
     last = ", ".join(f"{s.label} ends at {s.y[-1]:.3g}" for s in series if s.y)
-    parts = [_open(230, title, last)]
+    legend, legend_height = _legend(series, left, right, bottom + 46)
+    parts = [_open(230 + legend_height, title, last)]
     for tick in y_ticks:
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
         parts.append(_text(left - 6, py(tick) + 4, f"{tick:.0%}" if percent else _number(tick), "tick", "end"))
@@ -94,7 +95,7 @@ def line_chart(series: Sequence[Series], title: str, *, x_label: str, percent: b
     parts += [_text(px(tick), bottom + 16, _number(tick), "tick", "middle") for tick in x_ticks]
     parts.append(_text(right, bottom + 32, x_label, "tick", "end"))
     parts += [_curve(s, px, py) for s in series]
-    parts.append(_legend(series, left, bottom + 46))
+    parts.append(legend)
     return "".join(parts) + "</svg>"
 
 
@@ -112,15 +113,19 @@ def _curve(series: Series, px: _Scale, py: _Scale) -> str:
     return out
 
 
-def _legend(series: Sequence[Series], left: float, y: float) -> str:
+def _legend(series: Sequence[Series], left: float, right: float, y: float) -> tuple[str, float]:
+    """Names of the curves in as many rows as they need, the first at `y`, and the height of the rows after it."""
     if len(series) < 2:
-        return ""
-    out, x = "", left
+        return "", 0.0
+    out, x, row = "", left, 0.0
     for s in series:
-        out += f'<line class="curve s-{s.style}" x1="{x:.1f}" x2="{x + 22:.1f}" y1="{y - 4}" y2="{y - 4}"/>'
-        out += _text(x + 28, y, s.label, "label")
-        x += 44 + 6.6 * len(s.label)
-    return out
+        width = 34 + 6.6 * len(s.label)  # that of a letter is a guess: an SVG does not measure its text
+        if x > left and x + width > right:
+            x, row = left, row + 18.0
+        out += f'<line class="curve s-{s.style}" x1="{x:.1f}" x2="{x + 22:.1f}" y1="{y + row - 4}" y2="{y + row - 4}"/>'
+        out += _text(x + 28, y + row, s.label, "label")
+        x += width + 10
+    return out, row
 
 
 def _whisker(low: float, high: float, y: float) -> str:
