@@ -5,7 +5,6 @@ The base policy and the agent's parameters are in one folder, so it is saved, ev
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,8 +58,7 @@ class SteeredPolicy(DeployedAgent):
         self.action_horizon, self.action_dim = spec.action_horizon, spec.action_dim
         self.action_normalizer = NormalizerBuffers(self.action_dim)
         if action_spec is not None:
-            low, high = torch.tensor(action_spec.low), torch.tensor(action_spec.high)
-            self.action_normalizer.set(Normalizer.bounds(low, high, kind="min_max"))
+            self.action_normalizer.set(Normalizer.action_box(action_spec))
         if base is not None:
             self.to(next(base.parameters()).device)
 
@@ -100,8 +98,7 @@ def require_steerable(policy: nn.Module | None, horizon: int, action_spec: Actio
             f"horizon is {horizon}, the policy predicts {own.action_horizon} steps; whole chunks are steered, so make "
             "train.horizon and policy.action_horizon equal"
         )
-    if not all(math.isfinite(bound) for bound in (*action_spec.low, *action_spec.high)):
-        raise ValueError(f"steering needs finite action bounds, got {action_spec}")
+    Normalizer.action_box(action_spec)
 
 
 __all__ = ["SteeredPolicy", "SteeredPolicyConfig", "require_steerable"]

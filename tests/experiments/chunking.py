@@ -37,7 +37,7 @@ from vla_rl.offpolicy.wsrl import CarryOver
 from vla_rl.policies.agent import AgentPolicy, AgentPolicyConfig
 from vla_rl.train.loop import run_iterations
 from vla_rl.train.offpolicy import OfflineConfig, OfflineTrainer, OnlineConfig, OnlineTrainer, online_buffer
-from vla_rl.train.run_folder import describe_machine, describe_source
+from vla_rl.train.run_folder import describe_machine, describe_source, hold_run_folder
 
 ENV, DATA = "cube-single-singletask-task1-v0", Path("runs/ogbench/cube-single-play.npz")
 FIRST_EVAL_SEED = 10**9
@@ -84,6 +84,7 @@ def run_job(name: str, seed: int, env_name: str, data: Path, sizes: Sizes, alpha
     """Offline, then online, of one method and seed; both ends are evaluated."""
     torch.set_num_threads(1)
     method, folder = METHODS[name], out / f"seed_{seed}" / name
+    hold_run_folder(folder)
     env = make_ogbench(env_name, 1)
     buffer = _buffer(data, env_name, env.spec.state_dim, env.spec.action.dim)
 
@@ -180,10 +181,9 @@ def _learner(agent: QCConfig, horizon: int, buffer: ReplayBuffer, env: Any, seed
     spec = env.spec
     policy = AgentPolicy(AgentPolicyConfig(agent, horizon, spec.state_dim, spec.action.dim))
     states = torch.from_numpy(buffer.batch(buffer.starts(1)[::10], 1).obs)
-    low, high = torch.tensor(spec.action.low), torch.tensor(spec.action.high)
     policy.set_normalization(
         Normalizer.mean_std(states.mean(dim=0), states.std(dim=0), min_range=1e-3),
-        Normalizer.bounds(low, high, kind="min_max"),
+        Normalizer.action_box(spec.action),
     )
     return AgentLearner(policy, seed)
 

@@ -38,7 +38,7 @@ from vla_rl.train.loop import POLICY_FOLDER
 from vla_rl.train.offpolicy import OfflineConfig, OffPolicyConfig
 from vla_rl.train.offpolicy_stages import CLONING_FOLDER, reinforce_from_replay
 from vla_rl.train.recipe import DemosConfig, Recipe
-from vla_rl.train.run_folder import describe_machine, describe_source
+from vla_rl.train.run_folder import describe_machine, describe_source, hold_run_folder
 from vla_rl.train.stages import record_demos
 
 SPLITS = ("test", "ood")
@@ -102,6 +102,7 @@ def run_job(task: str, name: str, num_demos: int, seed: int, num_updates: int, o
     method, folder = METHODS[name], out / f"demos_{num_demos}" / f"seed_{seed}"
     made = recipe(task, num_demos, seed)
     run = folder / name
+    hold_run_folder(run)
     if not (run / "done.json").exists():
         reinforce_from_replay(
             training(method, num_updates, seed),

@@ -33,7 +33,7 @@ from vla_rl.progress import format_duration
 from vla_rl.train.loop import POLICY_FOLDER, TrainConfig, run_training
 from vla_rl.train.offpolicy import OffPolicyConfig
 from vla_rl.train.offpolicy_stages import reinforce_from_replay
-from vla_rl.train.run_folder import describe_machine, describe_source
+from vla_rl.train.run_folder import describe_machine, describe_source, hold_run_folder
 
 START = "sft"
 
@@ -115,6 +115,7 @@ def run_job(module: str, name: str, seed: int, num_iterations: int | None, out: 
     torch.set_num_threads(1)
     experiment: Experiment = importlib.import_module(module).EXPERIMENT
     folder, source = out / f"seed_{seed}" / name, out / f"seed_{seed}" / START
+    hold_run_folder(folder)
     if not (folder / "evaluation" / "eval.json").exists():
         if name == START:
             experiment.prepare(seed, folder)

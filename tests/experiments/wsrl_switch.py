@@ -45,7 +45,7 @@ from vla_rl.sim.experts import ExpertConfig, ScriptedExpert
 from vla_rl.train.loop import run_iterations
 from vla_rl.train.metrics import read_metrics
 from vla_rl.train.offpolicy import OfflineConfig, OfflineTrainer, OnlineConfig, OnlineTrainer, online_buffer
-from vla_rl.train.run_folder import describe_machine, describe_source
+from vla_rl.train.run_folder import describe_machine, describe_source, hold_run_folder
 
 NUM_EVAL_EPISODES, FIRST_EVAL_SEED = 50, 10**9
 NUM_FINAL_EPISODES = 200
@@ -205,9 +205,8 @@ def _learner(task: Task, agent: Any, data: ReplayBuffer, env: ChunkedEnv, seed: 
     """Normalised by the offline data, whichever the arm."""
     policy = AgentPolicy(AgentPolicyConfig(agent, task.horizon, env.spec.state_dim, env.spec.action.dim))
     states = torch.from_numpy(data.batch(data.starts(1), 1).obs)
-    low, high = torch.tensor(env.spec.action.low), torch.tensor(env.spec.action.high)
     policy.set_normalization(
-        Normalizer.mean_std(states.mean(dim=0), states.std(dim=0)), Normalizer.bounds(low, high, kind="min_max")
+        Normalizer.mean_std(states.mean(dim=0), states.std(dim=0)), Normalizer.action_box(env.spec.action)
     )
     return AgentLearner(policy, seed)
 
@@ -255,6 +254,7 @@ def run_offline(task_name: str, kind: str, seed: int, out: Path) -> str:
     """Train the offline agent of a seed and evaluate it."""
     torch.set_num_threads(1)
     task, folder = TASKS[task_name], out / f"seed_{seed}" / kind
+    hold_run_folder(folder)
     if not (folder / "evaluation" / "eval.json").exists():
         env = task.make_env(1, True)
         learner, trainer = _offline_trainer(task, kind, seed, env)
@@ -279,6 +279,7 @@ def run_arm(task_name: str, name: str, seed: int, num_env_steps: int | None, out
     """One arm of a seed, from the switch on."""
     torch.set_num_threads(1)
     task, arm, folder = TASKS[task_name], ARMS[name], out / f"seed_{seed}" / name
+    hold_run_folder(folder)
     if not (folder / "evaluation" / "eval.json").exists():
         env = task.make_env(1, True)
         data = _data(task, seed, env)

@@ -153,6 +153,26 @@ def test_the_encoder_of_a_vla_is_left_alone_and_pictures_are_encoded_once(monkey
     assert changed == {"expert"}
 
 
+def test_the_critic_sees_a_policys_chunks_as_replay_stores_them():
+    """A dimension that never moved in the demonstrations is normalised by 1: the policy's values around it reach beyond
+    the bounds on one side, where nothing that is executed can correct a critic."""
+    learner = make_learner("flow_mlp")
+    offset, scale = torch.tensor([0.0, -1.0]), torch.tensor([0.5, 1.0])
+    learner.policy.set_normalization(Normalizer.identity(3), Normalizer("min_max", offset, scale))
+    proposed = torch.randn(64, 1, 2, generator=torch.Generator().manual_seed(1))
+    executed = SPEC.action.clamp(learner.policy.unnormalize_actions(proposed))
+    assert not torch.equal(executed, learner.policy.unnormalize_actions(proposed))
+    batch = make_buffer("flow_mlp", 64)
+    learner.prepare(batch)
+    stored = batch.batch(batch.starts(1), 1)._replace(actions=executed.numpy())
+    seen = learner._seen_by_critic(stored).actions
+    np.testing.assert_array_equal(learner._to_critic(proposed).numpy(), seen)
+    assert np.abs(seen).max() <= 1.0
+    improved, _ = learner._improve(torch.from_numpy(stored.obs[:, : learner.feature_dim]), proposed.expand(4, 64, 1, 2))
+    raw = learner.policy.unnormalize_actions(improved)
+    assert torch.allclose(SPEC.action.clamp(raw), raw, atol=1e-6)  # what is distilled can be executed
+
+
 def test_a_learner_goes_on_bit_for_bit(tmp_path):
     conservative = ConservativeConfig(form="expectation", num_actions=1)
     config = replace(CONFIG, critic=replace(CRITIC, conservative=conservative))

@@ -24,6 +24,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from vla_rl.core import ActionSpec
+
 NormalizationKind = Literal["identity", "mean_std", "quantiles", "min_max"]
 KINDS: tuple[str, ...] = get_args(NormalizationKind)
 MIN_RANGE = 1e-6
@@ -77,6 +79,15 @@ class Normalizer:
         constant = high - low < min_range
         offset = torch.where(constant, (low + high) / 2, low + half)
         return Normalizer(kind, offset.float(), torch.where(constant, torch.ones_like(half), half).float())
+
+    @staticmethod
+    def action_box(action: ActionSpec) -> Normalizer:
+        """The environment's bounds to [-1, 1], where agents and critics see actions. Raises ValueError where a bound is
+        not finite."""
+        low, high = torch.tensor(action.low), torch.tensor(action.high)
+        if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+            raise ValueError(f"finite action bounds are needed to scale actions by them, got {action}")
+        return Normalizer.bounds(low, high, kind="min_max")
 
     @staticmethod
     def from_stats(

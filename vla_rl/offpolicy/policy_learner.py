@@ -92,10 +92,7 @@ class PolicyLearner:
         self._optimizer = torch.optim.Adam(self._trained, lr=config.policy_learning_rate)
         self._generator = torch.Generator().manual_seed(seed)
         self._key = jax.random.key(seed)
-        low, high = torch.tensor(action_spec.low), torch.tensor(action_spec.high)
-        if not bool(torch.isfinite(high - low).all()):
-            raise ValueError(f"learning from replay needs finite action bounds, got {action_spec}")
-        self._bounds = Normalizer.bounds(low, high, kind="min_max").to(self._trained[0].device)
+        self._bounds = Normalizer.action_box(action_spec).to(self._trained[0].device)
 
     # ------------------------------------------------------------------------------------------------------- acting
     @torch.no_grad()

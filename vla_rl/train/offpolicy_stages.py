@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import torch
 from torch import nn
 
 from vla_rl.core import EnvSpec
@@ -54,8 +53,7 @@ def build_learner(
     state = Normalizer.identity(spec.state_dim)
     if dataset is not None:
         state = Normalizer.from_stats(dataset.stats["observation.state"], "mean_std")
-    low, high = torch.tensor(spec.action.low), torch.tensor(spec.action.high)
-    agent.set_normalization(state, Normalizer.bounds(low, high, kind="min_max"))
+    agent.set_normalization(state, Normalizer.action_box(spec.action))
     return AgentLearner(agent, seed)
 
 

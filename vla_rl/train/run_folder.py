@@ -64,8 +64,7 @@ def open_run_folder(
     and where another process works in the folder.
     """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    _lock(path)
+    hold_run_folder(path)
     origin = {"kind": kind, "inputs": {name: str(Path(p).resolve()) for name, p in (inputs or {}).items() if p}}
     if (path / CONFIG_FILE).exists() and _has_begun(path):
         stored = {"kind": kind} | _read_json(path / PROVENANCE_FILE)
@@ -156,8 +155,10 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise RunFolderError(f"{file} cannot be read ({error}); choose another --run-dir") from error
 
 
-def _lock(path: Path) -> None:
-    """Until this process ends. Two processes in one folder would write into each other's files."""
+def hold_run_folder(path: Path) -> None:
+    """Lock the folder until this process ends, making it where it is not there: two processes in one would write into
+    each other's files. Raises RunFolderError where another has it."""
+    path.mkdir(parents=True, exist_ok=True)
     file = (path / _LOCK_FILE).open("a")
     held = _LOCKS.get(os.fstat(file.fileno()).st_ino)
     if held is not None:
