@@ -5,6 +5,7 @@
 * stops each environment at the step at which its episode ends (it stays frozen there to the end of the chunk),
 * counts time and truncates at `spec.max_episode_steps`,
 * keeps rewards and `executed` per step,
+* drops the chunk of an episode whose simulator died (`ChunkStep.lost`),
 
 and at the end of the chunk it reads the frozen ends (`final_obs`), resets them if asked to, and observes once. So
 pictures are rendered at decision points only.
@@ -101,6 +102,7 @@ class ChunkedEnv:
         truncated = terminated.clone()
         success = terminated.clone()
         success_at_end = terminated.clone()
+        lost = terminated.clone()
         end_step = torch.full((n,), -1, dtype=torch.int64, device=device)
         episode_steps = self._episode_steps.to(device)
         frames: dict[int, list[Tensor]] = {int(i): [] for i in record}
@@ -119,12 +121,19 @@ class ChunkedEnv:
             now_success = active & outcome.success
             success = success | now_success
             success_at_end = torch.where(active, now_success, success_at_end)
-            now_ended = now_terminated | now_truncated
-            end_step = torch.where(now_ended, i, end_step)
+            if outcome.lost is not None:
+                lost = lost | (active & outcome.lost)
+            now_ended = now_terminated | now_truncated | lost
+            end_step = torch.where(active & now_ended, i, end_step)
             terminated = terminated | now_terminated
             truncated = truncated | now_truncated
             self._record(frames, active)
             active = active & ~now_ended
+
+        rewards = torch.where(lost[:, None], 0.0, rewards)
+        executed = executed & ~lost[:, None]
+        terminated, truncated = terminated & ~lost, truncated | lost
+        success, success_at_end = success & ~lost, success_at_end & ~lost
 
         self._episode_steps = episode_steps.cpu()
         ended_now = terminated | truncated
@@ -146,6 +155,7 @@ class ChunkedEnv:
             success=success,
             success_at_end=success_at_end,
             end_step=end_step,
+            lost=lost,
             frames={i: torch.stack(f) for i, f in frames.items() if f},
         )
 

@@ -202,6 +202,8 @@ class ChunkStep:
     `success`: bool [N], the task's predicate held at an executed step of this chunk.
     `success_at_end`: bool [N], it held at the last executed step.
     `end_step`: int64 [N], the step inside the chunk at which the episode ended, -1 where it goes on.
+    `lost`: bool [N], the episode ended because its simulator died in this chunk. The chunk counts as not executed, and
+    `final_obs` is what the decision saw: `truncated`, with nothing to learn from. Such an episode counts apart.
     `frames`: environment id -> uint8 [k, h, w, 3], one frame an executed step, for the environments that were recorded.
     """
 
@@ -215,6 +217,7 @@ class ChunkStep:
     success: Tensor
     success_at_end: Tensor
     end_step: Tensor
+    lost: Tensor
     frames: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property

@@ -21,13 +21,15 @@ from vla_rl.core import ActionChunk, ChunkStep, EnvSpec, Observation
 class StepOutcome:
     """What one control step did, for every environment of the batch; rows of inactive environments are ignored.
 
-    `reward`: float32 [N]. `terminated`, `truncated`, `success`: bool [N].
+    `reward`: float32 [N]. `terminated`, `truncated`, `success`: bool [N]. `lost`: bool [N], the episode cannot go on
+    because its simulator died; None where that cannot happen.
     """
 
     reward: Tensor
     terminated: Tensor
     truncated: Tensor
     success: Tensor
+    lost: Tensor | None = None
 
 
 @runtime_checkable

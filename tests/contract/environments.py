@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
@@ -12,6 +14,7 @@ from tests.contract.scripted_env import ScriptedEnv
 from vla_rl.envs.gym import GymStepEnv
 from vla_rl.envs.ogbench import make_ogbench
 from vla_rl.envs.point_maze import PointMazeEnv
+from vla_rl.envs.remote import HostConfig, RemoteStepEnv
 from vla_rl.envs.tabletop import TabletopConfig, TabletopEnv
 from vla_rl.envs.two_way_reach import TwoWayReachEnv
 from vla_rl.protocols import StepEnv
@@ -32,6 +35,8 @@ def _tabletop(control: str) -> Callable[[int], StepEnv]:
     return lambda num_envs: TabletopEnv("reach", num_envs, config)
 
 
+DRIFT_HOST = Path(__file__).with_name("drift_host.py")
+
 ENVIRONMENTS: dict[str, Callable[[int], StepEnv]] = {
     "scripted": lambda n: ScriptedEnv(n, max_episode_steps=6),
     "gym_disabled": _gym(AutoresetMode.DISABLED),
@@ -43,5 +48,6 @@ ENVIRONMENTS: dict[str, Callable[[int], StepEnv]] = {
     "two_way_reach": TwoWayReachEnv,
     "ogbench": lambda n: make_ogbench("cube-single-singletask-task1-v0", n, max_episode_steps=13).step_env,
     "point_maze": lambda n: PointMazeEnv(n, "wall_gap", "far", max_episode_steps=12),
+    "remote": lambda n: RemoteStepEnv(HostConfig(sys.executable, DRIFT_HOST), n, num_workers=2),
 }
 SLOW = {"ogbench"}  # half a second to make one

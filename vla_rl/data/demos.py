@@ -51,10 +51,11 @@ class _Recording:
     rewards: list[Tensor] = field(default_factory=list)
     successes: list[Tensor] = field(default_factory=list)
     truncated: bool = False
+    lost: bool = False
 
     @property
     def success(self) -> bool:
-        return bool(torch.stack(self.successes).any())
+        return not self.lost and bool(torch.stack(self.successes).any())
 
     def append(self, i: int, obs: Observation, actions: Tensor, rewards: Tensor, success: Tensor) -> None:
         """Frame of environment `i`: what was seen, the action as executed, what came of it; all rows are copied."""
@@ -112,7 +113,7 @@ class _DemoCollector:
 
     def start_episodes(self) -> None:
         """Start the next seeds in idle environments, no more than can still be needed."""
-        waiting = sum(self.keep == "all" or r.success for r in self.finished.values())
+        waiting = sum(r.success or (self.keep == "all" and not r.lost) for r in self.finished.values())
         wanted = self.num_episodes - self.num_written - waiting - len(self.running)
         idle = [i for i in range(self.env.num_envs) if i not in self.running]
         count = min(wanted, len(idle), len(self.seeds) - self.next_start)
@@ -145,6 +146,10 @@ class _DemoCollector:
         executed, rewards, success = step.executed[:, 0].cpu(), step.rewards[:, 0].cpu(), step.success.cpu()
         ended, terminated = step.ended.tolist(), step.terminated.tolist()
         for i, recording in list(self.running.items()):
+            if step.lost[i]:
+                recording.lost = True
+                self.finished[recording.position] = self.running.pop(i)
+                continue
             if not executed[i]:
                 raise RuntimeError(f"environment {i} did not move in the episode of seed {recording.seed}")
             recording.append(i, obs, actions, rewards, success)
@@ -160,7 +165,7 @@ class _DemoCollector:
             self.next_write += 1
             self.num_attempts += 1
             self.num_successes += r.success
-            if self.keep == "success" and not r.success:
+            if r.lost or (self.keep == "success" and not r.success):
                 continue
             self.writer.add_episode(
                 state=torch.stack(r.states),
@@ -179,8 +184,8 @@ def _resume_position(writer: LeRobotWriter, seeds: Sequence[int], keep: Keep) ->
     position = 0
     for episode, extra in enumerate(writer.extras):
         seed = extra.get("seed")
-        while keep == "success" and position < len(seeds) and int(seeds[position]) != seed:
-            position += 1  # a failure that was dropped
+        while position < len(seeds) and int(seeds[position]) != seed:
+            position += 1  # a failure that was dropped, or an episode whose simulator died
         if position >= len(seeds) or int(seeds[position]) != seed:
             raise DatasetError(
                 f"{writer.path}: episode {episode} has seed {seed}, which does not follow in the given seeds; "

@@ -72,7 +72,9 @@ class EpisodeWriter:
             buffer.running_steps[envs] += 1
             self._clear(at + 1)
         self._finish(step, moved)
-        return self._move_ended(step, moved)
+        lost = np.flatnonzero(_array(step.lost) & (buffer.running_steps > 0))
+        self.cut(lost.tolist())  # where its last whole chunk ended
+        return np.union1d(self._move_ended(step, moved), lost)
 
     def cut(self, envs: Sequence[int] | None = None) -> None:
         """End running episodes (None: all) as truncated where they stand, for instance before a reset."""

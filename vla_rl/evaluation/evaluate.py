@@ -78,6 +78,8 @@ def evaluate(
     name). `max_episode_steps` is for environments without a time limit of their own; such an episode ends
     with the chunk that reaches it. `config` is kept in the result.
 
+    An episode whose simulator died is left out, and `config["lost_seeds"]` names it; it is not run again.
+
     Raises ValueError for bad seeds, an execution horizon that the policy's chunks do not have, an environment that
     resets itself, or one that could run forever.
     """
@@ -191,13 +193,14 @@ class _Run:
         self.pending = list(range(len(seeds)))
         self.slots: dict[int, _Slot] = {}
         self.finished: dict[int, Episode] = {}
+        self.lost_seeds: list[int] = []
 
     def result(
         self, act: _Act, recorder: EpisodeRecorder | None, progress: bool, config: Mapping[str, Any]
     ) -> EvalResult:
         start = time.monotonic()
         spec = self.env.spec
-        measured = {
+        measured: dict[str, Any] = {
             "task": self.task,
             "env": spec.name,
             "control_hz": spec.control_hz,
@@ -205,6 +208,8 @@ class _Run:
         }
         line = Progress(len(self.seeds), f"evaluation of {self.task}", unit="ep") if progress else None
         episodes = self._all_episodes(act, recorder, line)
+        if self.lost_seeds:
+            measured["lost_seeds"] = sorted(self.lost_seeds)
         return EvalResult(episodes, {**config, **measured}, time.monotonic() - start)
 
     def _all_episodes(
@@ -224,7 +229,9 @@ class _Run:
                 successes = sum(episode.success_once for episode in self.finished.values())
                 rate = successes / max(1, len(self.finished))
                 progress.update(len(self.finished), success=f"{rate:.2f}")
-        return tuple(self.finished[i] for i in range(len(self.seeds)))
+        if not self.finished:
+            raise RuntimeError(f"{self.task}: every episode was lost to a simulator that died")
+        return tuple(self.finished[i] for i in sorted(self.finished))
 
     def _fill(self, free: Sequence[int]) -> Observation:
         """Start pending episodes in the `free` environments; only one seeding call, so one observation."""
@@ -250,9 +257,14 @@ class _Run:
         lengths = step.executed.sum(dim=1).tolist()
         returns = torch.where(step.executed, step.rewards.double(), 0.0).sum(dim=1).tolist()
         success, at_end = step.success.tolist(), step.success_at_end.tolist()
-        terminated, ended = step.terminated.tolist(), step.ended.tolist()
+        terminated, ended, lost = step.terminated.tolist(), step.ended.tolist(), step.lost.tolist()
         done: list[int] = []
         for i, slot in list(self.slots.items()):
+            if lost[i]:
+                self.lost_seeds.append(slot.seed)
+                del self.slots[i]  # its video is dropped at the end, as those of an interrupted evaluation
+                done.append(i)
+                continue
             slot.decision += 1
             slot.length += lengths[i]
             slot.episode_return += returns[i]

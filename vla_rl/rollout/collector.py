@@ -23,7 +23,7 @@ from vla_rl.protocols import PolicyInputs, Prefix
 @dataclass(frozen=True)
 class EpisodeStats:
     """Episodes that ended while collecting. `success_once`, `success_at_end`: bool [E]; `length`: int64 [E], control
-    steps; `returns`: float32 [E], undiscounted.
+    steps; `returns`: float32 [E], undiscounted. `num_lost`: episodes whose simulator died, in none of these.
 
     The first windows of a run are biased towards short episodes: those that end soon end first.
     """
@@ -32,6 +32,7 @@ class EpisodeStats:
     success_at_end: Tensor
     length: Tensor
     returns: Tensor
+    num_lost: int = 0
 
     def __len__(self) -> int:
         return self.length.shape[0]
@@ -39,6 +40,8 @@ class EpisodeStats:
     def metrics(self) -> dict[str, float]:
         """Means; only counts where no episode ended."""
         counts = {"episodes_finished": float(len(self))}
+        if self.num_lost:
+            counts["episodes_lost"] = float(self.num_lost)
         if len(self) == 0:
             return counts
         return counts | {
@@ -265,7 +268,7 @@ class RolloutCollector:
         self._return += step.rewards.sum(dim=1).cpu()
         self._length += step.executed.sum(dim=1).cpu()
         self._success |= step.success.cpu()
-        ids = ended.nonzero().flatten().cpu()
+        ids = (ended & ~step.lost).nonzero().flatten().cpu()
         if len(ids):
             at_end = step.success_at_end.cpu()[ids]
             window.finished.append((self._success[ids], at_end, self._length[ids], self._return[ids]))
@@ -299,7 +302,7 @@ class RolloutCollector:
             valid=executed.any(dim=2),
             bootstrap_features=torch.cat(bootstrap) if bootstrap else features[:0],
             bootstrap_index=torch.stack(window.bootstrap_index).to(device),
-            episodes=EpisodeStats(*columns),
+            episodes=EpisodeStats(*columns, num_lost=sum(int(s.lost.sum()) for s in window.steps)),
             policy_version=self.policy_version,
         )
 

@@ -1,0 +1,123 @@
+"""Serves hosted environments over a socket that the parent process opened: `python serve.py FD` in a simulator's Python.
+
+The first message says which module to build from. Pictures go through shared memory that the parent made; all else is
+in the messages. The process ends when the socket closes, so that a killed parent leaves nobody behind.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+_spec = importlib.util.spec_from_file_location("host_protocol", Path(__file__).with_name("protocol.py"))
+assert _spec is not None and _spec.loader is not None
+protocol = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(protocol)
+
+
+class Server:
+    """`num_envs` environments of one module, stepped one after another."""
+
+    def __init__(self, module: str, options: dict[str, Any], num_envs: int) -> None:
+        spec = importlib.util.spec_from_file_location("simulator_host", module)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"there is no host module {module}")
+        host = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(host)
+        self.envs = [host.build(dict(options)) for _ in range(num_envs)]
+        self.spec = self.envs[0].spec()
+        self._pictures: dict[str, np.ndarray] = {}
+
+    def attach(self, path: str) -> None:
+        """Map the parent's shared memory: a picture a camera and environment, one camera after another."""
+        memory = np.memmap(path, np.uint8, "r+")
+        offset = 0
+        for camera, (height, width) in self.spec["cameras"].items():
+            shape = (len(self.envs), height, width, 3)
+            size = int(np.prod(shape))
+            self._pictures[camera] = memory[offset : offset + size].reshape(shape)
+            offset += size
+
+    def reset(self, ids: list[int], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        for i, seed in zip(ids, arrays["seeds"], strict=True):
+            self.envs[i].reset(int(seed))
+        return {}
+
+    def step(self, ids: list[int], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        outcome = [self.envs[i].step(action) for i, action in zip(ids, arrays["actions"], strict=True)]
+        reward, *flags = zip(*outcome, strict=True)
+        return {"arrays": {"reward": np.array(reward, np.float32), "flags": np.array(flags, bool)}}
+
+    def observe(self, ids: list[int], images: bool) -> dict[str, Any]:
+        states, sentences = [], []
+        for i in ids:
+            state, pictures, sentence = self.envs[i].observe(images)
+            states.append(np.asarray(state, np.float32))
+            sentences.append(sentence)
+            for camera in self._pictures if images else ():
+                self._pictures[camera][i] = pictures[camera]
+        return {"sentences": sentences, "arrays": {"state": np.stack(states)}}
+
+    def render(self, ids: list[int]) -> dict[str, Any]:
+        return {"arrays": {"frames": np.stack([self.envs[i].render() for i in ids])}}
+
+    def expert(self, ids: list[int]) -> dict[str, Any]:
+        return {"arrays": {"actions": np.stack([np.asarray(self.envs[i].expert_action(), np.float64) for i in ids])}}
+
+    def answer(self, message: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        """What to send back for one message."""
+        call, ids = message["call"], message.get("ids", [])
+        if call == "attach":
+            self.attach(message["path"])
+            return {}
+        if call in ("reset", "step"):
+            return getattr(self, call)(ids, arrays)
+        if call == "observe":
+            return self.observe(ids, message["images"])
+        if call in ("render", "expert"):
+            return getattr(self, call)(ids)
+        raise ValueError(f"unknown call {call!r}")
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
+
+def main(fd: int) -> None:
+    """Answer until the socket closes."""
+    channel = socket.socket(fileno=fd)
+    server: Server | None = None
+    while True:
+        try:
+            message, arrays = protocol.receive(channel)
+        except ConnectionError:
+            break
+        try:
+            if message["call"] == "build":
+                server = Server(message["module"], message["options"], message["num_envs"])
+                reply: dict[str, Any] = {"spec": server.spec}
+            elif server is None:
+                raise RuntimeError("nothing was built")
+            else:
+                reply = server.answer(message, arrays)
+            sent = reply.pop("arrays", {})
+        except Exception as error:
+            # the simulator's own errors are the user's to read; only the process's death is not
+            reply, sent = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}, {}
+        protocol.send(channel, reply, sent)
+    if server is not None:
+        server.close()
+
+
+if __name__ == "__main__":
+    stdin = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(stdin, 0)  # a simulator that asks a question gets no answer instead of hanging
+    main(int(sys.argv[1]))
