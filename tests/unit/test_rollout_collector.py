@@ -214,3 +214,57 @@ def test_wrong_use_is_an_error():
     with pytest.raises(ValueError, match="at least 1"):
         RolloutCollector(scripted(1), sampler, execution_horizon=3, seed=0).collect(0)
     assert isinstance(scripted(1).reset([0]), Observation)
+
+
+@pytest.mark.parametrize("encoder_learns", [False, True])
+def test_slices_of_the_environments_see_what_the_whole_sees(encoder_learns):
+    """Bit for bit with a fixed batch for the policy, to rounding without."""
+    sampler = make_sampler(state_dim=5, policy_class=LearningEncoder if encoder_learns else FlowMLP)
+
+    def collect(num_envs, first_env, size):
+        collector = RolloutCollector(
+            make_two_way_reach(num_envs),
+            sampler,
+            execution_horizon=4,
+            seed=3,
+            first_env=first_env,
+            policy_batch_size=size,
+        )
+        collector.collect(3)  # an address counts the calls too
+        return collector.collect(6)
+
+    whole, plain = collect(12, 0, 4), collect(12, 0, None)
+    parts = [collect(4, 0, 4), collect(8, 4, 4)]
+    plain_parts = [collect(4, 0, None), collect(8, 4, None)]
+    for name in ("rewards", "executed", "terminated", "success", "policy_version"):
+        assert torch.equal(torch.cat([getattr(p, name) for p in parts], dim=1), getattr(whole, name)), name
+    for part, batch, exact in ((parts, whole, True), (plain_parts, plain, False)):
+        for rows in (lambda b: b.features, lambda b: b.trace.states, lambda b: b.trace.log_prob):
+            joined = torch.cat([rows(p).unflatten(0, (6, -1)) for p in part], dim=1).flatten(0, 1)
+            if exact:
+                assert torch.equal(joined, rows(batch))
+            torch.testing.assert_close(joined, rows(batch), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="divisor of the 12 environments"):
+        collect(12, 0, 5)
+
+
+def test_final_frames_are_encoded_in_the_row_of_their_environment():
+    """Two environments of a block, and one of the other, run out of time in the same chunk."""
+    seeds = [
+        script(FAILURE, 90),
+        script(TIME, 3),
+        script(TIME, 2),
+        script(FAILURE, 99),
+        script(TIME, 1),
+        script(TIME, 9),
+    ]
+    sampler = make_sampler(policy_class=LearningEncoder)
+    options = {"execution_horizon": 3, "seed": 0, "env_seeds": seeds}
+    batch, blocks = (
+        RolloutCollector(scripted(6), sampler, policy_batch_size=size, **options).collect(1) for size in (None, 3)
+    )
+    assert batch.bootstrap_index.tolist() == [[3, 0, 1, 6, 2, 8]]
+    assert torch.equal(blocks.bootstrap_index, batch.bootstrap_index)
+    final = blocks.bootstrap_features[blocks.bootstrap_index[0]]
+    assert final[:, 0].tolist() == [float(s) for s in seeds]
+    torch.testing.assert_close(blocks.bootstrap_features, batch.bootstrap_features)

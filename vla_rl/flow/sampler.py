@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vla_rl.flow.config import FlowSamplerConfig
 from vla_rl.flow.likelihood import LogProb, gaussian_entropy, gaussian_log_prob, log_prob
+from vla_rl.flow.noise import NoiseSource, draw_normal
 from vla_rl.flow.sampling import sample_chain
 from vla_rl.protocols import FlowPolicy, GaussianPolicy, Prefix
 
@@ -34,7 +35,7 @@ class ChunkSampler(Protocol):
     has_entropy: bool
     """The standard deviation is learned."""
 
-    def sample(self, prefix: Prefix, generator: torch.Generator) -> tuple[Tensor, Any]:
+    def sample(self, prefix: Prefix, generator: NoiseSource) -> tuple[Tensor, Any]:
         """Normalised actions [N, H, A] and their trace."""
         ...
 
@@ -61,10 +62,9 @@ class FlowSampler:
         self.noise_head = noise_head
         self.has_transitions, self.has_entropy = True, noise_head is not None
 
-    def sample(self, prefix: Prefix, generator: torch.Generator) -> tuple[Tensor, Any]:
-        device = prefix.tokens.device
+    def sample(self, prefix: Prefix, generator: NoiseSource) -> tuple[Tensor, Any]:
         shape = (len(prefix), self.policy.action_horizon, self.policy.action_dim)
-        x_1 = torch.randn(shape, generator=generator, device=device)
+        x_1 = draw_normal(shape, generator, prefix.tokens.device)
         return sample_chain(self.policy, prefix, x_1, self.config, generator, self.noise_head)
 
     def score(self, prefix: Prefix, trace: Any) -> LogProb:
@@ -120,9 +120,9 @@ class GaussianSampler:
         return LogProb(joint[:, None], no_step, joint, entropy, mean[:, None], std.expand_as(mean)[:, None])
 
     @torch.no_grad()
-    def sample(self, prefix: Prefix, generator: torch.Generator) -> tuple[Tensor, GaussianTrace]:
+    def sample(self, prefix: Prefix, generator: NoiseSource) -> tuple[Tensor, GaussianTrace]:
         mean, std = self.policy.distribution(prefix)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        noise = draw_normal(mean.shape, generator, mean.device)
         actions = mean.float() + std.float() * noise
         score = self._score(prefix, actions)
         return actions, GaussianTrace(actions, score.values, score.joint)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vla_rl.flow.config import FlowSamplerConfig
 from vla_rl.flow.kernels import config_table, kernel_table, transition_mean
 from vla_rl.flow.likelihood import VelocityFunction, reduce_log_prob, transition_std, velocity_of
+from vla_rl.flow.noise import NoiseSource, draw_integers, draw_normal
 from vla_rl.flow.trace import FlowTrace
 from vla_rl.protocols import FlowPolicy, Prefix
 
@@ -22,15 +23,13 @@ def ode(policy: FlowPolicy | VelocityFunction, prefix: Prefix | None, x_1: Tenso
     return x
 
 
-def draw_step_index(config: FlowSamplerConfig, num_samples: int, generator: torch.Generator) -> Tensor:
+def draw_step_index(config: FlowSamplerConfig, num_samples: int, generator: NoiseSource) -> Tensor:
     """The stochastic step of each sample of a hybrid chain: int64 [N], uniform over `config.stochastic_steps`."""
-    return torch.randint(
-        len(config.stochastic_steps), (num_samples,), generator=generator, device=generator.device, dtype=torch.int64
-    )
+    return draw_integers(len(config.stochastic_steps), (num_samples,), generator)
 
 
-def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+def _noise(like: Tensor, generator: NoiseSource) -> Tensor:
+    return draw_normal(like.shape, generator, like.device, like.dtype)
 
 
 @torch.no_grad()
@@ -39,7 +38,7 @@ def sample_chain(
     prefix: Prefix | None,
     x_1: Tensor,
     config: FlowSamplerConfig,
-    generator: torch.Generator,
+    generator: NoiseSource,
     noise_head: nn.Module | None = None,
 ) -> tuple[Tensor, FlowTrace]:
     """Normalised actions [N, H, A] from the noise `x_1`, and the trace that `likelihood.log_prob` scores.
@@ -56,7 +55,7 @@ def _sample_full(
     prefix: Prefix | None,
     x_1: Tensor,
     config: FlowSamplerConfig,
-    generator: torch.Generator,
+    generator: NoiseSource,
     noise_head: nn.Module | None,
 ) -> tuple[Tensor, FlowTrace]:
     velocity, table = velocity_of(policy), config_table(config, x_1)
@@ -92,7 +91,7 @@ def _sample_hybrid(
     prefix: Prefix | None,
     x_1: Tensor,
     config: FlowSamplerConfig,
-    generator: torch.Generator,
+    generator: NoiseSource,
     noise_head: nn.Module | None,
 ) -> tuple[Tensor, FlowTrace]:
     velocity, table = velocity_of(policy), config_table(config, x_1)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vla_rl.flow.kernels import noise_estimate
 from vla_rl.flow.likelihood import LogProb, at_least_float32
+from vla_rl.flow.noise import NoiseSource, draw_integers, draw_normal
 from vla_rl.flow.sampling import ode
 from vla_rl.protocols import FlowPolicy, Prefix
 
@@ -85,15 +86,13 @@ class FPOSampler:
         self.policy, self.config, self._horizon = policy, config, horizon
 
     @torch.no_grad()
-    def sample(self, prefix: Prefix, generator: torch.Generator) -> tuple[Tensor, FPOTrace]:
+    def sample(self, prefix: Prefix, generator: NoiseSource) -> tuple[Tensor, FPOTrace]:
         device, n, m = prefix.tokens.device, len(prefix), self.config.num_draws
         shape = (self.policy.action_horizon, self.policy.action_dim)
-        actions = ode(
-            self.policy, prefix, torch.randn(n, *shape, generator=generator, device=device), self.config.num_steps
-        )
+        actions = ode(self.policy, prefix, draw_normal((n, *shape), generator, device), self.config.num_steps)
         grid = self.config.time_grid
-        flow_time = (torch.randint(grid, (n, m), generator=generator, device=device) + 1.0) / grid
-        noise = torch.randn(n, m, *shape, generator=generator, device=device)
+        flow_time = (draw_integers(grid, (n, m), generator) + 1.0) / grid
+        noise = draw_normal((n, m, *shape), generator, device)
         values = -self._loss(prefix, actions, flow_time, noise)
         return actions, FPOTrace(actions, flow_time, noise, values[:, None], values)
 

@@ -18,7 +18,7 @@ from vla_rl.core import chunk_reward
 from vla_rl.envs.vector import episode_seed
 from vla_rl.flow.sampler import ChunkSampler
 from vla_rl.onpolicy.actor import ActorConfig, ActorData, ActorUpdate, DemoSource, StepWeighting
-from vla_rl.rollout.collector import RolloutBatch, RolloutCollector
+from vla_rl.rollout.collector import Collector, RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class GRPO:
         self.num_updates = 0
         self._num_groups = 0
 
-    def iterate(self, collector: RolloutCollector) -> dict[str, float]:
+    def iterate(self, collector: Collector) -> dict[str, float]:
         """Collect and update once. Metrics are named `rollout/...`, of the behaviour policy, and `update/...`."""
         data, found = self.collect(collector)
         metrics = {f"rollout/{name}": value for name, value in found.items()}
@@ -95,13 +95,13 @@ class GRPO:
         collector.policy_version = self.num_updates
         return metrics
 
-    def collect(self, collector: RolloutCollector) -> tuple[ActorData | None, dict[str, float]]:
+    def collect(self, collector: Collector) -> tuple[ActorData | None, dict[str, float]]:
         """Rounds of groups until `groups_per_update` of them hold information, or `max_rounds` are over.
 
         Every group starts from an initial state of its own, which never comes again. None where no group of any round
         held information.
         """
-        config, n = self.config, collector.env.num_envs
+        config, n = self.config, collector.num_envs
         if n % config.group_size:
             raise ValueError(f"{n} environments do not divide into groups of {config.group_size}")
         parts, found, groups, successes, episodes, rounds = [], 0, 0, 0.0, 0, 0

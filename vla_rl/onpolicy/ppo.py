@@ -22,7 +22,7 @@ from vla_rl.onpolicy.actor import ActorConfig, ActorData, ActorUpdate, DemoSourc
 from vla_rl.onpolicy.advantages import explained_variance, gae, normalize_advantages
 from vla_rl.onpolicy.critic import CriticConfig, CriticUpdate
 from vla_rl.protocols import FlowPolicy, HasFeatures, require
-from vla_rl.rollout.collector import RolloutBatch, RolloutCollector
+from vla_rl.rollout.collector import Collector, RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class PPO:
         advantages, targets = gae(rewards, discounts, values, following, batch.ended, self.config.gae_lambda)
         return advantages, targets, values
 
-    def iterate(self, collector: RolloutCollector) -> dict[str, float]:
+    def iterate(self, collector: Collector) -> dict[str, float]:
         """Collect and update once. Metrics are named `rollout/...`, of the behaviour policy, and `update/...`."""
         batch = collector.collect(self.config.num_decisions)
         metrics = {f"rollout/{name}": value for name, value in batch.episodes.metrics().items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vla_rl.core import ChunkStep, Observation
 from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.flow.noise import RowNoise
 from vla_rl.flow.sampler import ChunkSampler
 from vla_rl.protocols import PolicyInputs, Prefix
 
@@ -48,7 +49,7 @@ class EpisodeStats:
             "success_rate": self.success_once.float().mean().item(),
             "success_at_end_rate": self.success_at_end.float().mean().item(),
             "episode_length": self.length.float().mean().item(),
-            "episode_return": self.returns.mean().item(),
+            "episode_return": self.returns.double().mean().item(),  # a sum that is exact has no order
         }
 
 
@@ -62,6 +63,7 @@ class RolloutBatch:
     `valid`: bool [T, N], at least one step of the chunk was executed by the policy.
     `bootstrap_features`: [B, F], true successors that are no later row: ends by truncation, and the last decisions.
     `bootstrap_index`: int64 [T, N] into them, -1 where the successor is the next row or needs no value.
+    `policy_version`: int64 [T, N], how many updates the policy of each decision had seen.
     """
 
     prefix: Prefix | None
@@ -77,7 +79,7 @@ class RolloutBatch:
     bootstrap_features: Tensor
     bootstrap_index: Tensor
     episodes: EpisodeStats
-    policy_version: int = 0
+    policy_version: Tensor
 
     @property
     def ended(self) -> Tensor:
@@ -97,6 +99,32 @@ class RolloutBatch:
             chosen = bootstrap_values[self.bootstrap_index.clamp(min=0)]
             following = torch.where(self.bootstrap_index >= 0, chosen, following)
         return torch.where(self.terminated, torch.zeros_like(following), following)
+
+
+class Collector(Protocol):
+    """Who gathers decisions for a learner: `RolloutCollector` in this process, `RayRolloutCollector` in others.
+
+    `policy_version`: set by the learner after every update.
+    """
+
+    policy_version: int
+
+    @property
+    def num_envs(self) -> int: ...
+
+    def collect(self, num_decisions: int) -> RolloutBatch: ...
+
+    def collect_episodes(self, seeds: Sequence[int]) -> RolloutBatch: ...
+
+    def metrics(self) -> dict[str, float]:
+        """What the last collection is to be watched by."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class _Window:
@@ -119,6 +147,12 @@ class RolloutCollector:
 
     `execution_horizon`: steps of each chunk that are executed. `seed` decides the policy's noise, and the episodes
     unless `env_seeds` (one an environment) does. Actions reach the environment unclamped; clamping is its business.
+
+    `first_env`: the number of environment 0 in the whole run, where other collectors have other slices of it. Noise is
+    addressed by (seed, environment, call, decision), so a slice sees the noise that it would see in the whole.
+    `policy_batch_size`: the policy always gets that many rows, and an environment always sits in the same one of them;
+    None gives it all environments at once. The same row of a matrix product can round differently in a batch of another
+    shape: with a size, a slice has the same transitions bit for bit; without, to rounding.
     """
 
     def __init__(
@@ -129,9 +163,12 @@ class RolloutCollector:
         execution_horizon: int,
         seed: int,
         env_seeds: Sequence[int] | None = None,
+        first_env: int = 0,
+        policy_batch_size: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         policy = sampler.policy
+        check_policy_batch_size(policy_batch_size, env.num_envs)
         if not 1 <= execution_horizon <= policy.action_horizon:
             raise ValueError(f"execution_horizon is {execution_horizon}, expected 1..{policy.action_horizon} (H)")
         if policy.action_dim != env.spec.action.dim:
@@ -142,8 +179,10 @@ class RolloutCollector:
         self.sampler = sampler
         self.execution_horizon = execution_horizon
         self.policy_version = 0
-        self._env_seeds = list(env_seeds) if env_seeds is not None else _env_seeds(seed, env.num_envs)
-        self._generator = torch.Generator(device=device).manual_seed(seed)
+        self.policy_batch_size, self._fixed_rows = policy_batch_size or env.num_envs, policy_batch_size is not None
+        self._env_seeds = list(env_seeds) if env_seeds is not None else make_env_seeds(seed, env.num_envs, first_env)
+        self._noise_seed, self._num_windows = seed, 0
+        self._streams = torch.arange(first_env, first_env + env.num_envs, device=device)
         self._obs: Observation | None = None
         self._inputs: PolicyInputs | None = None
         self._prefix: Prefix | None = None
@@ -151,6 +190,16 @@ class RolloutCollector:
         self._return = torch.zeros(n)
         self._length = torch.zeros(n, dtype=torch.int64)
         self._success = torch.zeros(n, dtype=torch.bool)
+
+    @property
+    def num_envs(self) -> int:
+        return self.env.num_envs
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        self.env.close()
 
     def collect(self, num_decisions: int) -> RolloutBatch:
         """`num_decisions` decisions of every environment, going on where the last call stopped."""
@@ -191,7 +240,8 @@ class RolloutCollector:
         """Everything that decides the future rollouts. The current observation is not in it: it is read again."""
         return {
             "env": self.env.state_dict() if self._obs is not None else None,
-            "generator": self._generator.get_state(),
+            "noise_seed": self._noise_seed,
+            "num_windows": self._num_windows,
             "policy_version": self.policy_version,
             "return": self._return.clone(),
             "length": self._length.clone(),
@@ -199,7 +249,7 @@ class RolloutCollector:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._generator.set_state(state["generator"])
+        self._noise_seed, self._num_windows = state["noise_seed"], state["num_windows"]
         self.policy_version = state["policy_version"]
         self._return, self._length = state["return"].clone(), state["length"].clone()
         self._success = state["success"].clone()
@@ -230,8 +280,8 @@ class RolloutCollector:
         if inputs is None:
             inputs = policy.preprocess(self._observed())
         if prefix is None or (fresh and not policy.encoder_is_frozen):
-            prefix = policy.encode(inputs)
-        normalized, trace = self.sampler.sample(prefix, self._generator)
+            prefix = self._encode(inputs)
+        normalized, trace = self._sample(prefix, decision=len(window.traces))
         actions = policy.unnormalize_actions(normalized)[:, : self.execution_horizon]
         step = self.env.step(actions.to(self._observed().state.device))
         window.traces.append(trace)
@@ -243,8 +293,34 @@ class RolloutCollector:
         window.steps.append(step)
         self._obs = step.obs
         self._inputs = policy.preprocess(step.obs)
-        self._prefix = policy.encode(self._inputs)
+        self._prefix = self._encode(self._inputs)
         return step
+
+    def _sample(self, prefix: Prefix, decision: int) -> tuple[Tensor, Any]:
+        size = self.policy_batch_size
+        draws = []
+        for rows in torch.arange(len(prefix), device=self._streams.device).split(size):
+            noise = RowNoise(self._noise_seed, self._streams[rows], self._num_windows, decision)
+            draws.append(self.sampler.sample(prefix if len(prefix) == size else prefix.select(rows), noise))
+        if len(draws) == 1:
+            return draws[0]
+        return torch.cat([d[0] for d in draws]), type(draws[0][1]).concatenate([d[1] for d in draws])
+
+    def _encode(self, inputs: PolicyInputs, env_ids: Tensor | None = None) -> Prefix:
+        """`inputs` of all environments, or of `env_ids` (ascending), each in the row of the policy's batch that is its
+        own; rows without an environment are filled with another's."""
+        policy, size = self.sampler.policy, self.policy_batch_size
+        if size == self.num_envs and (env_ids is None or not self._fixed_rows):
+            return policy.encode(inputs)
+        ids = torch.arange(self.num_envs) if env_ids is None else env_ids.cpu()
+        parts = []
+        for block in (ids // size).unique():
+            mine = (ids // size == block).nonzero().flatten()
+            row = ids[mine] % size
+            source = mine[:1].repeat(size)
+            source[row] = mine
+            parts.append(policy.encode(inputs.select(source.to(inputs.state.device))).select(row))
+        return Prefix.concatenate(parts)
 
     @torch.no_grad()
     def _successors(self, window: _Window, step: ChunkStep, *, last: bool) -> None:
@@ -254,7 +330,7 @@ class RolloutCollector:
         used = sum(len(features) for features in window.bootstrap_features)
         needed = (step.truncated & ~step.terminated)[step.final_ids].nonzero().flatten()
         if step.final_obs is not None and len(needed):
-            final = policy.encode(policy.preprocess(step.final_obs.select(needed)))
+            final = self._encode(policy.preprocess(step.final_obs.select(needed)), step.final_ids[needed])
             index[step.final_ids[needed].cpu()] = torch.arange(used, used + len(needed))
             window.bootstrap_features.append(final.pooled)
             used += len(needed)
@@ -276,6 +352,7 @@ class RolloutCollector:
         self._return[over], self._length[over], self._success[over] = 0.0, 0, False
 
     def _batch(self, window: _Window) -> RolloutBatch:
+        self._num_windows += 1
         frozen = self.sampler.policy.encoder_is_frozen
         features = torch.cat(window.features)
         device = features.device
@@ -303,15 +380,24 @@ class RolloutCollector:
             bootstrap_features=torch.cat(bootstrap) if bootstrap else features[:0],
             bootstrap_index=torch.stack(window.bootstrap_index).to(device),
             episodes=EpisodeStats(*columns, num_lost=sum(int(s.lost.sum()) for s in window.steps)),
-            policy_version=self.policy_version,
+            policy_version=torch.full_like(executed[..., 0], self.policy_version, dtype=torch.int64),
         )
 
 
-def _env_seeds(seed: int, num_envs: int) -> list[int]:
-    """One seed an environment, the same for the first n whatever their number."""
+def make_env_seeds(seed: int, num_envs: int, first_env: int = 0) -> list[int]:
+    """One seed for each of the environments `first_env`, ...; an environment's own does not depend on their number."""
     return [
-        int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] >> np.uint64(1)) for i in range(num_envs)
+        int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        for i in range(first_env, first_env + num_envs)
     ]
 
 
-__all__ = ["EpisodeStats", "RolloutBatch", "RolloutCollector"]
+def check_policy_batch_size(policy_batch_size: int | None, num_envs: int) -> None:
+    """Raise ValueError where the rows of the policy's batch do not divide the environments."""
+    if policy_batch_size is not None and (policy_batch_size < 1 or num_envs % policy_batch_size):
+        raise ValueError(
+            f"policy_batch_size is {policy_batch_size}, expected a divisor of the {num_envs} environments (or None)"
+        )
+
+
+__all__ = ["Collector", "EpisodeStats", "RolloutBatch", "RolloutCollector"]
