@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_rl.core import ChunkStep, Observation
+from vla_rl.core import ChunkStep, EnvSpec, Observation
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.flow.noise import RowNoise
 from vla_rl.flow.sampler import ChunkSampler
@@ -112,6 +112,9 @@ class Collector(Protocol):
     @property
     def num_envs(self) -> int: ...
 
+    @property
+    def spec(self) -> EnvSpec: ...
+
     def collect(self, num_decisions: int) -> RolloutBatch: ...
 
     def collect_episodes(self, seeds: Sequence[int]) -> RolloutBatch: ...
@@ -194,6 +197,10 @@ class RolloutCollector:
     @property
     def num_envs(self) -> int:
         return self.env.num_envs
+
+    @property
+    def spec(self) -> EnvSpec:
+        return self.env.spec
 
     def metrics(self) -> dict[str, float]:
         return {}

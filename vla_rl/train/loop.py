@@ -16,6 +16,7 @@ from torch import nn
 
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.flow.config import FlowSamplerConfig
+from vla_rl.flow.sampler import ChunkSampler
 from vla_rl.onpolicy.build import AlgorithmConfig, SamplerConfig, build_learner, build_sampler
 from vla_rl.onpolicy.dppo import DenoisingDiscount
 from vla_rl.onpolicy.ppo import PPOConfig
@@ -23,7 +24,8 @@ from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.native import save_policy
 from vla_rl.progress import Progress
 from vla_rl.protocols import Learner
-from vla_rl.rollout.collector import RolloutCollector
+from vla_rl.rollout.collector import Collector, RolloutCollector
+from vla_rl.rollout.ray_config import RolloutConfig
 from vla_rl.train.checkpoint import load_state, require_same_config, save_state
 from vla_rl.train.demo_source import DatasetDemos
 from vla_rl.train.divergence import dumping
@@ -105,14 +107,22 @@ class IterativeTrainer(Protocol):
     def load(self, run_dir: Path) -> None: ...
 
 
+MakeEnv = Callable[[int], ChunkedEnv]
+
+
 class Trainer:
     """What one on-policy run consists of: the policy, who collects with it and who improves it."""
 
     def __init__(
-        self, policy: nn.Module, env: ChunkedEnv, config: TrainConfig, demos: DatasetDemos | None = None
+        self,
+        policy: nn.Module,
+        make_env: MakeEnv,
+        config: TrainConfig,
+        demos: DatasetDemos | None = None,
+        rollout: RolloutConfig | None = None,
     ) -> None:
         self.policy: Any = policy
-        self.config, self.spec = config, env.spec
+        self.config = config
         if config.freeze_encoder and hasattr(policy, "freeze_encoder"):
             self.policy.freeze_encoder()
         seed = config.algorithm.seed
@@ -121,16 +131,14 @@ class Trainer:
         self.learner: Learner = build_learner(
             sampler, config.algorithm, step_weighting=config.step_weighting, demos=demos
         )
-        device = next(iter(self.policy.parameters())).device
-        self._collector = RolloutCollector(
-            env, sampler, execution_horizon=config.execution_horizon, seed=seed, device=device
-        )
+        self._collector = make_collector(make_env, sampler, config, rollout or RolloutConfig())
+        self.spec = self._collector.spec
         self.num_iterations = 0
 
     def iterate(self) -> Metrics:
         """Collect and update once."""
         start = time.monotonic()
-        metrics = self.learner.iterate(self._collector)
+        metrics = self.learner.iterate(self._collector) | self._collector.metrics()
         self.num_iterations += 1
         return metrics | {"update/iteration_s": time.monotonic() - start}
 
@@ -157,19 +165,53 @@ class Trainer:
             self._demos.load_state_dict(state["demos"])
         self.num_iterations = int(state["num_iterations"])
 
+    def close(self) -> None:
+        """End the environments, or the workers that have them."""
+        self._collector.close()
+
+
+def make_collector(make_env: MakeEnv, sampler: ChunkSampler, config: TrainConfig, rollout: RolloutConfig) -> Collector:
+    """In this process, or with workers. Raises ValueError where Ray is needed and not installed."""
+    seed, device = config.algorithm.seed, next(iter(sampler.policy.parameters())).device
+    if rollout.workers == 0:
+        return RolloutCollector(
+            make_env(config.num_envs),
+            sampler,
+            execution_horizon=config.execution_horizon,
+            seed=seed,
+            policy_batch_size=rollout.policy_batch_size,
+            device=device,
+        )
+    try:
+        from vla_rl.rollout.ray_collector import RayRolloutCollector
+    except ModuleNotFoundError as error:
+        raise ValueError("rollout.workers needs Ray: pip install 'vla-rl[ray]'") from error
+    return RayRolloutCollector(
+        make_env,
+        sampler,
+        num_envs=config.num_envs,
+        execution_horizon=config.execution_horizon,
+        seed=seed,
+        config=rollout,
+        device=device,
+    )
+
 
 def run_training(
     policy: nn.Module,
-    env: ChunkedEnv,
+    env: ChunkedEnv | MakeEnv,
     config: TrainConfig,
     run_dir: str | Path,
     *,
     resume: bool = False,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     demos: DatasetDemos | None = None,
+    rollout: RolloutConfig | None = None,
     tensorboard: bool = True,
 ) -> TrainResult:
     """Improve `policy` in place in `env` (with auto-reset); at the end it is what lies in `run_dir/policy`.
+
+    `env`: environments, or a function that builds so many of them, which `rollout.workers` need; those are closed.
 
     `evaluate()` gives metrics of the policy as it is, every `eval_interval` iterations. Ctrl-C stops after the running
     iteration, saves, and returns with `finished` False. `resume=True` goes on from `run_dir`, or starts where nothing
@@ -177,10 +219,17 @@ def run_training(
     DivergenceError for a loss that is not finite: its batch is then in `run_dir/diverged_batch.safetensors`, and the
     last checkpoint is untouched.
     """
-    trainer = Trainer(policy, env, config, demos)
-    return run_iterations(
-        trainer, run_dir, config, label="rl", resume=resume, evaluate=evaluate, tensorboard=tensorboard
-    )
+    given = isinstance(env, ChunkedEnv)
+    if given and rollout is not None and rollout.workers:
+        raise ValueError("rollout.workers build environments of their own: give a function that does")
+    trainer = Trainer(policy, (lambda _: env) if isinstance(env, ChunkedEnv) else env, config, demos, rollout)
+    try:
+        return run_iterations(
+            trainer, run_dir, config, label="rl", resume=resume, evaluate=evaluate, tensorboard=tensorboard
+        )
+    finally:
+        if not given:
+            trainer.close()
 
 
 def run_iterations(

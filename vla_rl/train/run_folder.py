@@ -22,6 +22,7 @@ from typing import IO, Any, TypeVar
 from vla_rl.cpu import available_cores
 from vla_rl.data.lerobot_format import atomic_write, atomic_write_json
 from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
+from vla_rl.rollout import ray_config
 from vla_rl.train import loop, offpolicy, sft
 
 CONFIG_FILE, PROVENANCE_FILE, DIFF_FILE = "config.json", "provenance.json", "source.diff"
@@ -45,6 +46,7 @@ MAY_CHANGE = (
     *(f"train.{name}" for name in loop.MAY_CHANGE),
     *(f"train.{stage}.{name}" for stage in ("cloning", "offline", "online") for name in offpolicy.MAY_CHANGE),
     *(f"sft.{name}" for name in sft.MAY_CHANGE),
+    *(f"rollout.{name}" for name in ray_config.MAY_CHANGE),
     "torch_threads",
     "device",
 )

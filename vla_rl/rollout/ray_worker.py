@@ -1,0 +1,114 @@
+"""What runs in a Ray worker: a collector with a slice of the environments and a copy of the policy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vla_rl.core import EnvSpec
+from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.flow.sampler import ChunkSampler
+from vla_rl.protocols import trainable_parameters
+from vla_rl.rollout.collector import RolloutBatch, RolloutCollector
+from vla_rl.rollout.ray_batches import map_tensors
+
+MakeEnv = Callable[[int], ChunkedEnv]
+Weights = list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """What a worker's `RolloutCollector` is built with. `on_gpu`: the policy runs on the GPU that Ray gave it."""
+
+    num_envs: int
+    first_env: int
+    execution_horizon: int
+    seed: int
+    env_seeds: Sequence[int]
+    policy_batch_size: int | None
+    num_threads: int
+    on_gpu: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of a collector. `num_decisions` for `collect`, or `seeds` (of this slice) for `collect_episodes`."""
+
+    num_decisions: int = 0
+    seeds: Sequence[int] | None = None
+
+
+def _changing(sampler: ChunkSampler) -> list[Tensor]:
+    head: nn.Module | None = getattr(sampler, "noise_head", None)
+    return [p.detach() for p in trainable_parameters(sampler.policy)] + (
+        [] if head is None else list(head.parameters())
+    )
+
+
+def weights_of(sampler: ChunkSampler) -> Weights:
+    """The bytes of everything that an update changes: a frozen encoder is not sent again and again."""
+    return [p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().copy() for p in _changing(sampler)]
+
+
+@torch.no_grad()
+def load_weights(sampler: ChunkSampler, weights: Weights) -> None:
+    """What `weights_of` read from another sampler of the same build."""
+    for parameter, stored in zip(_changing(sampler), weights, strict=True):
+        values = torch.from_numpy(stored.copy()).view(parameter.dtype)  # Ray's memory is read-only
+        parameter.copy_(values.view_as(parameter))
+
+
+class RolloutWorker:
+    """A Ray actor. Its state between two calls is known to the driver too, which can restore it in another process."""
+
+    def __init__(self, make_env: MakeEnv, sampler: ChunkSampler, options: WorkerOptions) -> None:
+        torch.set_num_threads(options.num_threads)
+        device = torch.device("cuda" if options.on_gpu else "cpu")
+        sampler.policy.to(device)
+        head: nn.Module | None = getattr(sampler, "noise_head", None)
+        if head is not None:
+            head.to(device)
+        self._sampler, self._version = sampler, -1
+        self._collector = RolloutCollector(
+            make_env(options.num_envs),
+            sampler,
+            execution_horizon=options.execution_horizon,
+            seed=options.seed,
+            env_seeds=options.env_seeds,
+            first_env=options.first_env,
+            policy_batch_size=options.policy_batch_size,
+            device=device,
+        )
+
+    def pid(self) -> int:
+        """Process id, once the worker is ready."""
+        return os.getpid()
+
+    def spec(self) -> EnvSpec:
+        return self._collector.spec
+
+    def collect(
+        self, weights: Weights, version: int, request: Request, restore: Mapping[str, Any] | None
+    ) -> tuple[RolloutBatch, dict[str, Any]]:
+        """A rollout on the CPU, and the state after it. `restore`: a state to begin from."""
+        if version != self._version:
+            load_weights(self._sampler, weights)
+            self._version = version
+        collector = self._collector
+        if restore is not None:
+            collector.load_state_dict(restore)
+        collector.policy_version = version
+        if request.seeds is None:
+            batch = collector.collect(request.num_decisions)
+        else:
+            batch = collector.collect_episodes(request.seeds)
+        return map_tensors(batch, lambda x: x.cpu()), collector.state_dict()
+
+
+__all__ = ["MakeEnv", "Request", "RolloutWorker", "WorkerOptions", "load_weights", "weights_of"]
