@@ -18,10 +18,12 @@ PYTEST := $(BIN)/python -m pytest -q
 export PYTHON TORCH
 # One thread a process unless asked for: two processes of PyTorch on two cores hinder each other otherwise.
 export OMP_NUM_THREADS ?= 1
+# Environments of simulators that have one of their own: vla-rl env install NAME.
+export VLA_RL_ENVS ?= $(CURDIR)/runs/envs
 # A ROS or conda shell puts foreign packages before those of .venv.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup setup-dev demo demo-control check lint format types test unit wheel smoke test-slow test-gpu bench experiment \
+.PHONY: help setup setup-dev sims vulkan demo demo-control check lint format types test unit wheel smoke test-slow test-gpu bench experiment \
         clean distclean
 
 help: ## list the targets
@@ -56,6 +58,12 @@ setup: ## make .venv with what the main job needs (done by make demo)
 
 setup-dev: ## make .venv with the test tools too (done by make test)
 	@tools/setup.sh dev
+
+sims: setup ## install the simulators that have environments of their own; make sims NAME=robosuite for one of them
+	@$(STAGE) "simulators" $(BIN)/vla-rl env install $(or $(NAME),robosuite libero metaworld maniskill)
+
+vulkan: ## put a Vulkan driver that ManiSkill takes into runs/vulkan (Debian; no root)
+	@tools/fetch_vulkan.sh
 
 # The stages of `make check` and `make test`.
 lint format types unit wheel smoke: setup-dev

@@ -67,6 +67,16 @@ class ChunkedEnv:
         """The seed of each environment's running episode."""
         return tuple(episode_seed(s, e) for s, e in zip(self._base_seeds, self._episodes, strict=True))
 
+    @property
+    def episode_steps(self) -> Tensor:
+        """Control steps of each environment's running episode, int64 [N]."""
+        return self._episode_steps.clone()
+
+    @property
+    def ended(self) -> Tensor:
+        """bool [N], the episode is over and none was started since."""
+        return self._ended.clone()
+
     def reset(self, seeds: Sequence[int], env_ids: Sequence[int] | None = None) -> Observation:
         """Seed and start `env_ids` (default: all). Episodes that follow are seeded from the same number, so what an
         environment lives through depends on its own seed alone, not on `num_envs` or on its neighbours."""

@@ -1,4 +1,4 @@
-"""The command line: `vla-rl doctor | run | demos | sft | train | eval | compare | report | recipes`.
+"""The command line: `vla-rl doctor | env | run | demos | sft | train | eval | compare | report | recipes`.
 
 A recipe names a complete configuration, and its fields are options, as `--train.num-iterations 50`. What kind of
 policy, sampler and algorithm it has is the recipe's own; `module:function` names a recipe of yours.
@@ -12,11 +12,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-COMMANDS = ("doctor", "recipes", "run", "demos", "sft", "train", "eval", "compare", "report")
+COMMANDS = ("doctor", "recipes", "env", "run", "demos", "sft", "train", "eval", "compare", "report")
 USAGE = """vla-rl: take a vision-language-action policy from demonstrations to a real arm with reinforcement learning
 
   vla-rl doctor                              what this machine can run, and how to get what is missing
   vla-rl recipes                             the complete configurations that there are
+  vla-rl env install NAME | list             simulators in an environment of their own: robosuite, libero, ...
   vla-rl run RECIPE --run-dir DIR            all stages: demonstrations, SFT, RL, evaluation, report
   vla-rl demos RECIPE --out DIR              record demonstrations (a LeRobot dataset)
   vla-rl sft RECIPE --dataset DIR --run-dir DIR      fit a new policy to demonstrations
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             raise UsageError(f"there is no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if rest[:1] in (["-h"], ["--help"]) and name not in ("doctor", "compare", "report"):
+        if rest[:1] in (["-h"], ["--help"]) and name not in ("doctor", "env", "compare", "report"):
             print(f"{USAGE}\n\nOptions depend on the recipe: vla-rl {name} demo --help", flush=True)
             return 0
         from vla_rl import commands  # torch and the simulator take seconds to import: not for a list of commands

@@ -51,6 +51,23 @@ def recipes_command(argv: list[str]) -> int:
     return 0
 
 
+def env_command(argv: list[str]) -> int:
+    """`install NAME...` makes the environments of simulators, `list` says which there are and where."""
+    from vla_rl.envs import install
+
+    action, *names = argv or ["help"]
+    if action == "list" and not names:
+        for name in install.SIMULATORS:
+            state = install.environments_folder() / name if install.is_installed(name) else "not installed"
+            print(f"{name:12} {state}")
+        return 0
+    if action != "install" or not names:
+        raise UsageError(f"vla-rl env install NAME... (of {', '.join(install.SIMULATORS)}), or vla-rl env list")
+    for name in names:
+        print(f"{name}: {install.install(name)}")
+    return 0
+
+
 # ------------------------------------------------------------------------------------------------------------ stages
 @dataclass(frozen=True)
 class RunOptions:

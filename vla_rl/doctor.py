@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 
 from vla_rl.cpu import cpu_limit
+from vla_rl.envs.install import SIMULATORS, environments_folder, is_installed
 
 Status = Literal["ok", "missing", "warning", "failed"]
 
@@ -269,15 +270,18 @@ def _renderer(name: str) -> str:
 
 
 def _simulators() -> list[Check]:
-    own_process = "in a virtual environment of its own: it pins other versions"
     return [
         Check("simulators", "tabletop", "ok", "built in"),
         _package("simulators", "gymnasium", "gymnasium", "pip install gymnasium"),
-        _package("simulators", "ManiSkill", "mani_skill", "pip install mani_skill; needs a Vulkan driver"),
         _package("simulators", "OGBench", "ogbench", "pip install ogbench"),
-        _package("simulators", "LIBERO", "libero", f"pip install libero {own_process}"),
-        _package("simulators", "robosuite", "robosuite", f"pip install robosuite {own_process}"),
+        *(_own_environment(name) for name in SIMULATORS),
     ]
+
+
+def _own_environment(name: str) -> Check:
+    if is_installed(name):
+        return Check("simulators", name, "ok", str(environments_folder() / name))
+    return Check("simulators", name, "missing", "no environment of its own", f"vla-rl env install {name}")
 
 
 def _more() -> list[Check]:

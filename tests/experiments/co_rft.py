@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -149,18 +149,25 @@ def table(out: Path, demos: Sequence[int], seeds: Sequence[int]) -> list[dict[st
     for num_demos in demos:
         for name in METHODS:
             for stage in (CLONING_FOLDER, "rl"):
-                row: dict[str, Any] = {"demos": num_demos, "arm": name, "stage": stage}
-                for split in SPLITS:
-                    episodes = [e for s in seeds for e in _load(out, num_demos, s, name, stage, split).episodes]
-                    lengths = [e.length for e in episodes if e.success_once]
-                    rate = wilson(len(lengths), len(episodes))
-                    row |= {
-                        f"{split}_success": rate.rate,
-                        f"{split}_interval": [round(rate.low, 3), round(rate.high, 3)],
-                        f"{split}_cycle_steps": float(np.mean(lengths)) if lengths else None,
-                    }
-                rows.append(row | {"n": len(seeds) * NUM_EPISODES})
+                results = {s: [_load(out, num_demos, seed, name, stage, s) for seed in seeds] for s in SPLITS}
+                rows.append({"demos": num_demos, "arm": name, "stage": stage, **rates_row(results)})
     return rows
+
+
+def rates_row(results: Mapping[str, Sequence[EvalResult]]) -> dict[str, Any]:
+    """For each split, the results of all seeds together: success with its interval, and cycle time."""
+    row: dict[str, Any] = {}
+    for split, parts in results.items():
+        episodes = [episode for part in parts for episode in part.episodes]
+        lengths = [e.length for e in episodes if e.success_once]
+        rate = wilson(len(lengths), len(episodes))
+        row |= {
+            f"{split}_success": rate.rate,
+            f"{split}_interval": [round(rate.low, 3), round(rate.high, 3)],
+            f"{split}_cycle_steps": float(np.mean(lengths)) if lengths else None,
+            "n": len(episodes),
+        }
+    return row
 
 
 def _load(out: Path, num_demos: int, seed: int, name: str, stage: str, split: str) -> EvalResult:

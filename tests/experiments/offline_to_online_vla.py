@@ -58,7 +58,9 @@ def on_policy(num_env_steps: int) -> TrainConfig:
 def without_reward(config: OffPolicyConfig) -> OffPolicyConfig:
     """The control: a critic that keeps its first weights, and every episode drawn alike."""
 
-    def freeze(agent: object) -> PolicyLearnerConfig:
+    def freeze(agent: object) -> PolicyLearnerConfig | None:
+        if agent is None:
+            return None
         assert isinstance(agent, PolicyLearnerConfig)
         return replace(agent, critic=replace(agent.critic, learning_rate=0.0))
 

@@ -4,7 +4,8 @@
 
 On a sparse maze, and on the tabletop's reach from the state, every arm of a seed starts from the same offline agent,
 CQL or Cal-QL, and interacts from starts that the broad offline data rarely has. Two numbers are followed every 250
-control steps: success on 50 held-out episodes, and the mean Q of 512 offline chunks, which should not move much.
+decisions: success on 50 held-out episodes, and the mean Q of 512 offline chunks, which should not move much. On the
+table a decision is a chunk of 4 steps, so warm-up and updates are counted in decisions on both.
 
 Required, over the seeds: going on with CQL without its data stays at .3 or falls and drifts at least five times as far
 as WSRL from the same agent, which reaches .9 on these 50; WSRL from Cal-QL dips by at most .15; it needs fewer updates
@@ -50,14 +51,16 @@ from vla_rl.train.run_folder import describe_machine, describe_source, hold_run_
 NUM_EVAL_EPISODES, FIRST_EVAL_SEED = 50, 10**9
 NUM_FINAL_EPISODES = 200
 NUM_PROBES = 512
-ENV_STEPS_BETWEEN_EVALS = 250
+DECISIONS_BETWEEN_EVALS = 250
+UPDATES_PER_DECISION = 4.0
 
 
 # ------------------------------------------------------------------------------------------------------------- tasks
 @dataclass(frozen=True)
 class Task:
     """`fill(buffer, seed)`: broad offline data of mixed quality. `make_env(num_envs, auto_reset)`: training resets
-    itself, evaluation does not. `offline_updates`: enough to learn something, and not everything."""
+    itself, evaluation does not. `offline_updates`: enough to learn something, and not everything. `conservative`: the
+    form of its term and how many chunks it draws."""
 
     make_env: Callable[[int, bool], ChunkedEnv]
     fill: Callable[[ReplayBuffer, int], None]
@@ -65,7 +68,8 @@ class Task:
     horizon: int
     hidden_sizes: tuple[int, ...]
     offline_updates: int
-    online_env_steps: int
+    online_decisions: int
+    conservative: ConservativeConfig
     tau: float = 0.02
     num_critics: int = 4
     batch_size: int = 128
@@ -96,7 +100,7 @@ def _fill_tabletop(buffer: ReplayBuffer, seed: int) -> None:
         expert = ScriptedExpert(env, ExpertConfig(action_noise=noise, target_bias=bias, max_action=0.7))
         obs = env.reset([10**6 * (seed + 1) + 1000 * part + i for i in range(100)])
         states, actions, rewards, ends = [obs.state], [], [], []
-        terminated = torch.zeros(100, dtype=torch.bool)
+        terminated = success = torch.zeros(100, dtype=torch.bool)
         while not ends or not bool(torch.stack(ends).any(dim=0).all()):
             chunk = expert()
             step = env.step(chunk)
@@ -104,18 +108,17 @@ def _fill_tabletop(buffer: ReplayBuffer, seed: int) -> None:
             actions.append(env.spec.action.clamp(chunk[:, 0]))
             rewards.append(step.rewards[:, 0])
             ends.append(step.ended)
-            terminated = terminated | step.terminated
+            terminated, success = terminated | step.terminated, success | step.success
         length = torch.stack(ends).int().argmax(dim=0) + 1
         env.close()
         for i, t in enumerate(length.tolist()):
-            done = bool(terminated[i])
             buffer.add_episode(
                 state=torch.stack(states)[: t + 1, i].numpy(),
                 actions=torch.stack(actions)[:t, i].numpy(),
                 rewards=torch.stack(rewards)[:t, i].numpy(),
-                terminated=done,
-                truncated=not done,
-                success=done,
+                terminated=bool(terminated[i]),
+                truncated=not terminated[i],
+                success=bool(success[i]),
             )
 
 
@@ -127,16 +130,19 @@ TASKS = {
         horizon=1,
         hidden_sizes=(128, 128),
         offline_updates=4_000,
-        online_env_steps=4_000,
+        online_decisions=4_000,
+        conservative=ConservativeConfig(num_actions=4),
     ),
     "tabletop": Task(
         make_env=_tabletop,
         fill=_fill_tabletop,
-        replay=ReplayConfig(capacity=20_000, gamma=0.97, reward_bias=-1.0, reward_low=0.0),
+        # 1 at success and not -1 a step: touching another object ends an episode too, and would end the costs
+        replay=ReplayConfig(capacity=40_000, gamma=0.95, reward_scale=10.0, reward_low=0.0),
         horizon=4,
-        hidden_sizes=(128, 128),
+        hidden_sizes=(256, 256),
         offline_updates=3_000,
-        online_env_steps=4_000,
+        online_decisions=4_000,
+        conservative=ConservativeConfig(num_actions=2, form="logsumexp"),
     ),
 }
 
@@ -161,7 +167,7 @@ def pessimistic(task: Task, calibrate: bool) -> CalQLConfig:
     (-13.4, where WSRL settles at -9.4), and success falls at the switch, from .74 to 0 and from 1.0 to .6. With 1 there
     was no dip.
     """
-    term = ConservativeConfig(alpha=1.0 if calibrate else 5.0, num_actions=4, calibrate=calibrate)
+    term = replace(task.conservative, alpha=1.0 if calibrate else 5.0, calibrate=calibrate)
     return CalQLConfig(sac_of(task), term)
 
 
@@ -171,7 +177,7 @@ class Arm:
 
     label: str
     source: str | None
-    warmup_env_steps: int = 1000
+    warmup_decisions: int = 1000
     carried: CarryOver = field(default_factory=CarryOver)
     keeps_pessimism: bool = False
     wrong_reward: bool = False
@@ -180,12 +186,12 @@ class Arm:
 
 ARMS = {
     "wsrl_calql": Arm("WSRL from Cal-QL", "calql"),  # K = 1000
-    "wsrl_calql_k0": Arm("WSRL from Cal-QL, K = 0", "calql", warmup_env_steps=0),
-    "wsrl_calql_k2000": Arm("WSRL from Cal-QL, K = 2000", "calql", warmup_env_steps=2000),
+    "wsrl_calql_k0": Arm("WSRL from Cal-QL, K = 0", "calql", warmup_decisions=0),
+    "wsrl_calql_k2000": Arm("WSRL from Cal-QL, K = 2000", "calql", warmup_decisions=2000),
     "calql_online": Arm("Cal-QL goes on, no data", "calql", keeps_pessimism=True),
     "wsrl_cql": Arm("WSRL from CQL", "cql"),
     "cql_online": Arm("CQL goes on, no data", "cql", keeps_pessimism=True),
-    "rlpd": Arm("RLPD from nothing", None, warmup_env_steps=250, offline_ratio=0.5),
+    "rlpd": Arm("RLPD from nothing", None, warmup_decisions=250, offline_ratio=0.5),
     "fresh_target": Arm("control: fresh target network", "calql", carried=CarryOver(target="fresh")),
     "reset_moments": Arm("control: new optimisers", "calql", carried=CarryOver(moments=False)),
     "reset_temperature": Arm("control: new temperature", "calql", carried=CarryOver(temperature=False)),
@@ -275,7 +281,7 @@ def _offline_trainer(task: Task, kind: str, seed: int, env: ChunkedEnv) -> tuple
     return learner, OfflineTrainer(learner, data, config, env.spec)
 
 
-def run_arm(task_name: str, name: str, seed: int, num_env_steps: int | None, out: Path) -> str:
+def run_arm(task_name: str, name: str, seed: int, num_decisions: int | None, out: Path) -> str:
     """One arm of a seed, from the switch on."""
     torch.set_num_threads(1)
     task, arm, folder = TASKS[task_name], ARMS[name], out / f"seed_{seed}" / name
@@ -283,17 +289,18 @@ def run_arm(task_name: str, name: str, seed: int, num_env_steps: int | None, out
     if not (folder / "evaluation" / "eval.json").exists():
         env = task.make_env(1, True)
         data = _data(task, seed, env)
+        warmup = arm.warmup_decisions * task.horizon
         config = OnlineConfig(
-            num_env_steps=num_env_steps or task.online_env_steps,
+            num_env_steps=(num_decisions or task.online_decisions) * task.horizon,
             execution_horizon=task.horizon,
-            warmup_env_steps=arm.warmup_env_steps,
-            random_env_steps=arm.warmup_env_steps if arm.source is None else 0,
-            utd_ratio=4.0,
+            warmup_env_steps=warmup,
+            random_env_steps=warmup if arm.source is None else 0,
+            utd_ratio=UPDATES_PER_DECISION / task.horizon,
             updates_per_call=4,
             batch_size=task.batch_size,
             offline_ratio=arm.offline_ratio,
             carried=arm.carried,
-            env_steps_per_iteration=ENV_STEPS_BETWEEN_EVALS,
+            env_steps_per_iteration=DECISIONS_BETWEEN_EVALS * task.horizon,
             eval_interval=1,
             seed=seed,
         )
@@ -302,7 +309,7 @@ def run_arm(task_name: str, name: str, seed: int, num_env_steps: int | None, out
             offline, trainer = _offline_trainer(task, arm.source, seed, env)
             trainer.load(out / f"seed_{seed}" / arm.source)
             learner.switch_from(offline, arm.carried, seed)
-        replay = replace(task.replay, reward_bias=0.0) if arm.wrong_reward else task.replay
+        replay = replace(task.replay, reward_bias=0.0, reward_scale=1.0) if arm.wrong_reward else task.replay
         buffer = online_buffer(replay, env.spec, 1)
         online = OnlineTrainer(learner, env, buffer, config, data if arm.offline_ratio else None)
         watch = _Watch(task, learner, data)
@@ -333,7 +340,7 @@ def measure(out: Path, name: str, seed: int) -> dict[str, Any]:
     arm, folder = ARMS[name], out / f"seed_{seed}"
     rows = read_metrics(folder / name)
     success = [row["eval/success_rate"] for row in rows]
-    steps = [row["iteration"] * ENV_STEPS_BETWEEN_EVALS for row in rows]
+    steps = [row["iteration"] * DECISIONS_BETWEEN_EVALS for row in rows]
     updates = [row["probe/num_updates"] for row in rows]
     began = next((s for s, u in zip(steps, updates, strict=True) if u > 0), steps[-1])
     after = [r for r, s, u in zip(success, steps, updates, strict=True) if u > 0 and s < began + 1000]
@@ -344,7 +351,7 @@ def measure(out: Path, name: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "final": final.as_dict(),
         "updates_to_90": reached,
-        "env_steps_to_90": next((s for r, s in zip(success, steps, strict=True) if r >= 0.9), None),
+        "decisions_to_90": next((s for r, s in zip(success, steps, strict=True) if r >= 0.9), None),
         "mean_success": float(np.mean(success)),
         "largest_after_switch": max(success),
         "frozen_until_updates": all(
@@ -430,7 +437,7 @@ def report(out: Path, task: str, seeds: Sequence[int], arms: Sequence[str]) -> P
             rows=tuple(rows),
             command=f'make experiment NAME=wsrl_switch ARGS="--task {task}"',
             description=f"{len(seeds)} seeds, {NUM_FINAL_EPISODES} held-out episodes each; an iteration is "
-            f"{ENV_STEPS_BETWEEN_EVALS} control steps. Curves: seed {seeds[0]}.",
+            f"{DECISIONS_BETWEEN_EVALS} decisions. Curves: seed {seeds[0]}.",
             curves=tuple(curves),
             panels=PANELS,
             provenance={"revision": describe_source()["revision"], "machine": json.dumps(describe_machine())},
@@ -444,7 +451,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", choices=list(TASKS), default="maze")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--env-steps", type=int, help="instead of the task's own number")
+    parser.add_argument("--decisions", type=int, help="instead of the task's own number")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/experiments/wsrl_switch"))
     options = parser.parse_args(argv)
@@ -452,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_jobs(run_offline, [(options.task, kind, s, out) for s in options.seeds for kind in OFFLINE], options.processes)
     run_jobs(
         run_arm,
-        [(options.task, name, s, options.env_steps, out) for s in options.seeds for name in options.arms],
+        [(options.task, name, s, options.decisions, out) for s in options.seeds for name in options.arms],
         options.processes,
     )
     summary = summarise(out, options.seeds, options.arms) | {"task": options.task, "machine": describe_machine()}

@@ -11,10 +11,12 @@ from typing import Literal
 from vla_rl.data.demos import Keep
 from vla_rl.envs.config import AnyEnvConfig, EnvConfig
 from vla_rl.envs.point_maze import WaypointConfig
+from vla_rl.envs.remote_expert import RemoteExpertConfig
 from vla_rl.policies.build import PolicyConfig
 from vla_rl.policies.tiny import TinyVLAConfig
+from vla_rl.rollout.ray_config import RolloutConfig
 from vla_rl.sim.experts import ExpertConfig
-from vla_rl.sim.tasks import SPLITS, get_task
+from vla_rl.sim.tasks import SPLITS
 from vla_rl.train.loop import TrainConfig
 from vla_rl.train.offpolicy import OffPolicyConfig
 from vla_rl.train.sft import SFTConfig
@@ -25,12 +27,13 @@ Normalization = Literal["mean_std", "quantiles", "min_max", "identity"]
 @dataclass(frozen=True)
 class DemosConfig:
     """`num_episodes` of the scripted expert in the split "train", `num_envs` at a time. `keep`: "all" or "success".
-    `expert`: an `ExpertConfig` on a table, a `WaypointConfig` in a maze. `seed`: chooses the episodes."""
+    `expert`: an `ExpertConfig` on a table, a `WaypointConfig` in a maze, a `RemoteExpertConfig` in a simulator of its
+    own process. `seed`: chooses the episodes."""
 
     num_episodes: int = 300
     num_envs: int = 32
     keep: Keep = "success"
-    expert: ExpertConfig | WaypointConfig = field(default_factory=ExpertConfig)
+    expert: ExpertConfig | WaypointConfig | RemoteExpertConfig = field(default_factory=ExpertConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,8 +65,6 @@ class EvalConfig:
         for name in ("num_episodes", "num_envs", "policy_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"EvalConfig.{name} is {getattr(self, name)}, expected at least 1")
-        for task in self.tasks:
-            get_task(task)
 
     @property
     def seeds(self) -> range:
@@ -72,15 +73,17 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """`train`: on-policy, or from replay. `policy`: sizes left at 0 are the environment's. `state_normalization`,
-    `action_normalization`: from the statistics of the demonstrations. `device`: where policies live; "auto" is a GPU
-    where there is one. `torch_threads`: one is fastest for small networks, many times so on busy cores."""
+    """`train`: on-policy, or from replay. `rollout`: who collects for on-policy learning. `policy`: sizes left at 0 are
+    the environment's. `state_normalization`, `action_normalization`: from the statistics of the demonstrations.
+    `device`: where policies live; "auto" is a GPU where there is one. `torch_threads`: one is fastest for small
+    networks, many times so on busy cores."""
 
     env: AnyEnvConfig = field(default_factory=EnvConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)
     policy: PolicyConfig = field(default_factory=TinyVLAConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     train: TrainConfig | OffPolicyConfig = field(default_factory=TrainConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     state_normalization: Normalization = "mean_std"
     action_normalization: Normalization = "min_max"

@@ -14,18 +14,23 @@ from vla_rl.data.demos import DemoSummary, collect_demos
 from vla_rl.data.lerobot_format import DatasetError, atomic_write_json, read_json
 from vla_rl.data.lerobot_reader import LeRobotDataset
 from vla_rl.data.normalization import Normalizer
-from vla_rl.envs.config import PointMazeConfig
+from vla_rl.envs.config import EnvConfig, PointMazeConfig
 from vla_rl.envs.point_maze import WaypointConfig, WaypointExpert
+from vla_rl.envs.remote_expert import RemoteExpert, RemoteExpertConfig
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.evaluation.evaluate import evaluate, evaluate_controller
 from vla_rl.evaluation.result import EvalResult
 from vla_rl.onpolicy.build import build_learner as build_on_policy_learner
 from vla_rl.onpolicy.build import build_sampler
+from vla_rl.onpolicy.grpo import GRPOConfig
 from vla_rl.policies.build import build_policy
 from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.native import load_policy, save_policy
+from vla_rl.rollout.collector import check_policy_batch_size
+from vla_rl.rollout.ray_config import RolloutConfig
 from vla_rl.rollout.recorder import EpisodeRecorder, Recording
 from vla_rl.sim.experts import ExpertConfig, ScriptedExpert
+from vla_rl.sim.tasks import get_task
 from vla_rl.train.demo_source import DatasetDemos
 from vla_rl.train.loop import TrainConfig, TrainResult, run_training
 from vla_rl.train.offpolicy import OffPolicyConfig
@@ -49,11 +54,15 @@ def device_of(recipe: Recipe) -> torch.device:
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise ValueError or TypeError where the parts of a recipe do not fit: at once, not after an hour's training."""
-    if isinstance(recipe.demos.expert, WaypointConfig) != isinstance(recipe.env, PointMazeConfig):
+    experts = {EnvConfig: ExpertConfig, PointMazeConfig: WaypointConfig}
+    if type(recipe.demos.expert) is not experts.get(type(recipe.env), RemoteExpertConfig):
         raise TypeError(
             f"demos.expert is a {type(recipe.demos.expert).__name__} and env a {type(recipe.env).__name__}: "
-            "a maze has a WaypointConfig, a table an ExpertConfig"
+            "a maze has a WaypointConfig, a table an ExpertConfig, any other simulator a RemoteExpertConfig"
         )
+    if isinstance(recipe.env, EnvConfig):
+        for task in recipe.evaluation.tasks:
+            get_task(task)
     env = recipe.env.make(1, split="train")
     env.close()
     device_of(recipe)
@@ -64,8 +73,15 @@ def check_recipe(recipe: Recipe) -> None:
             f"train.execution_horizon is {train.execution_horizon}, the policy predicts {policy.action_horizon} steps"
         )
     if isinstance(train, OffPolicyConfig):
+        if recipe.rollout != RolloutConfig():
+            raise ValueError("rollout.* is for on-policy learning, and this recipe learns from replay; leave it out")
         check_stages(train, env.spec, policy)
         return
+    check_policy_batch_size(recipe.rollout.policy_batch_size, train.num_envs)
+    if recipe.rollout.workers:
+        recipe.rollout.slices(train.num_envs)
+    if recipe.rollout.max_staleness and isinstance(train.algorithm, GRPOConfig):
+        raise ValueError("rollout.max_staleness is for PPO: GRPO collects whole episodes for each update; set it to 0")
     deployed, explored = (getattr(c, "num_steps", None) for c in (recipe.policy, train.sampler))
     if deployed != explored and None not in (deployed, explored):
         raise ValueError(
@@ -77,8 +93,12 @@ def check_recipe(recipe: Recipe) -> None:
     build_on_policy_learner(sampler, without_demos, step_weighting=train.step_weighting)
 
 
-def make_expert(env: ChunkedEnv, config: ExpertConfig | WaypointConfig) -> ScriptedExpert | WaypointExpert:
+def make_expert(
+    env: ChunkedEnv, config: ExpertConfig | WaypointConfig | RemoteExpertConfig
+) -> ScriptedExpert | WaypointExpert | RemoteExpert:
     """Who demonstrates in `env`. Raises TypeError where it is an expert of other environments."""
+    if isinstance(config, RemoteExpertConfig):
+        return RemoteExpert(env, config)
     return WaypointExpert(env, config) if isinstance(config, WaypointConfig) else ScriptedExpert(env, config)
 
 
@@ -101,7 +121,7 @@ def record_demos(recipe: Recipe, path: Path) -> DemoSummary:
 
 def _check_same_demos(recipe: Recipe, path: Path) -> None:
     kind = {"env": config_to_dict(recipe.env.for_demos), "demos": config_to_dict(recipe.demos)}
-    for name in ("num_threads", "engine", "device"):
+    for name in ("num_threads", "num_workers", "engine", "device"):
         kind["env"].pop(name, None)
     for name in ("num_episodes", "num_envs"):
         del kind["demos"][name]
@@ -179,8 +199,16 @@ def reinforce(
 def _reinforce_on_policy(
     recipe: Recipe, config: TrainConfig, policy_folder: Path, run_dir: Path, resume: bool, dataset_path: Path | None
 ) -> TrainResult:
-    env = recipe.env.make(config.num_envs, split="train", auto_reset=True, final_images=True)
-    policy: Any = load_policy(policy_folder, device=device_of(recipe), spec=env.spec)
+    rollout, env_config = recipe.rollout, recipe.env
+    if rollout.workers and isinstance(env_config, EnvConfig) and env_config.num_threads is None:
+        env_config = replace(env_config, num_threads=max(1, int(rollout.cpus_per_worker)))
+
+    def make_env(num_envs: int) -> ChunkedEnv:
+        return env_config.make(num_envs, split="train", auto_reset=True, final_images=True)
+
+    one = recipe.env.make(1, split="train")
+    one.close()
+    policy: Any = load_policy(policy_folder, device=device_of(recipe), spec=one.spec)
     demos = None
     if config.algorithm.actor.bc_coef > 0.0:
         if dataset_path is None:
@@ -188,18 +216,16 @@ def _reinforce_on_policy(
         cameras = tuple(getattr(policy.config, "cameras", ()))
         chunks = ChunkDataset(LeRobotDataset(dataset_path), policy.action_horizon, cameras=cameras)
         demos = DatasetDemos(chunks, policy, config.algorithm.seed)
-    try:
-        return run_training(
-            policy,
-            env,
-            config,
-            run_dir,
-            resume=resume,
-            evaluate=lambda: _curve_metrics(recipe, policy),
-            demos=demos,
-        )
-    finally:
-        env.close()
+    return run_training(
+        policy,
+        make_env,
+        config,
+        run_dir,
+        resume=resume,
+        evaluate=lambda: _curve_metrics(recipe, policy),
+        demos=demos,
+        rollout=rollout,
+    )
 
 
 def _curve_metrics(recipe: Recipe, policy: Any) -> dict[str, float]:
@@ -240,7 +266,7 @@ def evaluate_policy(
 def _protocol(recipe: Recipe, config: EvalConfig) -> dict[str, Any]:
     """What decides an episode beside its seed: two evaluations that differ here are not of the same episodes."""
     env = config_to_dict(recipe.env)
-    without = ("task", "num_threads", "device", "demo_start")
+    without = ("task", "num_threads", "num_workers", "device", "demo_start")
     return {"split": config.split} | {name: env[name] for name in env if name not in without}
 
 
