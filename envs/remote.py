@@ -201,7 +201,7 @@ class RemoteStepEnv:
         except BaseException:
             self.close()
             raise
-        self.spec = _spec(self._workers[0].spec)
+        self.spec = env_spec(self._workers[0].spec)
         self._seeds = [0] * num_envs
         self._history: list[list[np.ndarray]] = [[] for _ in range(num_envs)]
         self._running = np.zeros(num_envs, dtype=bool)
@@ -217,7 +217,7 @@ class RemoteStepEnv:
     def reset(self, env_ids: Tensor, seeds: Tensor) -> None:
         ids = env_ids.tolist()
         for i, seed in zip(ids, seeds.tolist(), strict=True):
-            self._seeds[i], self._history[i] = _stream_seed(self._stream, seed), []
+            self._seeds[i], self._history[i] = stream_seed(self._stream, seed), []
             self._running[i] = self._lost[i] = self._gone[i] = False
         self._reset(ids)
 
@@ -369,7 +369,8 @@ class RemoteStepEnv:
         worker.restart()
 
 
-def _spec(spec: Mapping[str, Any]) -> EnvSpec:
+def env_spec(spec: Mapping[str, Any]) -> EnvSpec:
+    """What a host module's `spec()` says."""
     return EnvSpec(
         name=spec["name"],
         cameras={name: CameraSpec(*size) for name, size in spec["cameras"].items()},
@@ -380,7 +381,8 @@ def _spec(spec: Mapping[str, Any]) -> EnvSpec:
     )
 
 
-def _stream_seed(stream: tuple[int, ...], seed: int) -> int:
+def stream_seed(stream: Sequence[int], seed: int) -> int:
+    """`seed`, in a stream of its own where `stream` has numbers."""
     if not stream:
         return int(seed)
     return int(np.random.SeedSequence([*stream, int(seed)]).generate_state(1, np.uint64)[0] >> np.uint64(1))

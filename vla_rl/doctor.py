@@ -24,6 +24,7 @@ import torch
 
 from vla_rl.cpu import cpu_limit
 from vla_rl.envs.install import SIMULATORS, environments_folder, is_installed
+from vla_rl.vulkan import PROBE, driver_environment
 
 Status = Literal["ok", "missing", "warning", "failed"]
 
@@ -275,6 +276,7 @@ def _simulators() -> list[Check]:
         _package("simulators", "gymnasium", "gymnasium", "pip install gymnasium"),
         _package("simulators", "OGBench", "ogbench", "pip install ogbench"),
         *(_own_environment(name) for name in SIMULATORS),
+        _vulkan(),
     ]
 
 
@@ -282,6 +284,16 @@ def _own_environment(name: str) -> Check:
     if is_installed(name):
         return Check("simulators", name, "ok", str(environments_folder() / name))
     return Check("simulators", name, "missing", "no environment of its own", f"vla-rl env install {name}")
+
+
+def _vulkan() -> Check:
+    how = "make vulkan in a checkout (Debian), or your system's Mesa 23 or newer; ManiSkill needs it, for states too"
+    environment = driver_environment()
+    if not environment and ctypes.util.find_library("vulkan") is None:
+        return Check("simulators", "Vulkan", "missing", "the library vulkan is not installed", how)
+    return _probed(
+        "simulators", "Vulkan", PROBE, lambda out: f"{out['name']}, for maniskill", how, environment=environment
+    )
 
 
 def _more() -> list[Check]:

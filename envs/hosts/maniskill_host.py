@@ -30,7 +30,6 @@ INSTRUCTIONS = {
 }
 
 _AXES = {3: ("x", "y", "z"), 6: ("x", "y", "z", "rx", "ry", "rz"), 7: ("x", "y", "z", "qw", "qx", "qy", "qz")}
-_SEEDS = 2**32  # numpy's RandomState, which ManiSkill draws with, takes no larger ones
 
 
 def build(options: dict[str, Any]) -> Host:
@@ -62,7 +61,7 @@ class Host:
         return spec_of(self._env, self._options, self._cameras, self._info)
 
     def reset(self, seed: int) -> None:
-        self._seed, self._steps = int(seed) % _SEEDS, 0
+        self._seed, self._steps = seed_of(seed), 0
         self._plan = self._script = None
         _, self._info = self._env.reset(seed=[self._seed])
 
@@ -113,10 +112,10 @@ class Host:
                 env.close()
 
 
-# ------------------------------------------------------------------- shared with the GPU batch; N environments in a batch
+# ----------------------------------------------------------------- shared with the GPU batch; N environments in a batch
 def open_env(options: Mapping[str, Any], num_envs: int = 1, sim: str = "physx_cpu", render: str | None = None) -> Any:
-    """ManiSkill's environment, without wrappers. `options`: "task" (a registered id), "image_size" in pixels, "control",
-    "reward", "robot" (None: the task's), "render_backend" ("cpu" or "gpu").
+    """ManiSkill's environment, without wrappers. `options`: "task" (a registered id), "image_size" in pixels,
+    "control", "reward", "robot" (None: the task's), "render_backend" ("cpu" or "gpu").
 
     Raises ValueError for an id, a control mode or a reward that is not there, RuntimeError for assets that are not.
     """
@@ -219,6 +218,11 @@ def outcome(env: Any, reward: Tensor, info: Mapping[str, Any], dense: bool) -> t
     return success.float(), success | failed, success
 
 
+def seed_of(seed: int) -> int:
+    """ManiSkill's seed of the episode `seed`: numpy's RandomState, which it draws with, takes no larger ones."""
+    return int(seed) % 2**32
+
+
 def instruction_of(task: str) -> str:
     """The task in a sentence; for one without, its name in words."""
     words = "".join(f" {c.lower()}" if c.isupper() else c for c in task.rsplit("-v", 1)[0])
@@ -267,7 +271,8 @@ def _action_names(env: Any) -> list[str]:
 def _sibling(name: str) -> ModuleType:
     """Another module of this folder, also where the folder is no package (see `serve.py`)."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -18,7 +18,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from tests.benchmarks.harness import (
-    ROOT,
     BenchmarkResult,
     PeerGroup,
     PeerUnavailableError,
@@ -29,9 +28,11 @@ from tests.benchmarks.harness import (
     summary,
 )
 from tests.benchmarks.tabletop import TabletopRollout
+from vla_rl.envs.maniskill import REQUIREMENTS
+from vla_rl.vulkan import driver_environment
 
 ROBOSUITE = ("robosuite==1.5.2", "mujoco==3.9.0", "numpy==1.26.4")
-MANISKILL = ("mani_skill==3.0.1", "torch==2.13.0", "setuptools<81")
+MANISKILL = REQUIREMENTS[0]
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,5 @@ def _finish(
 
 
 def _environment(peer: str) -> dict[str, str]:
-    """ManiSkill wants a Vulkan driver, newer than Debian 12's: a user's own setting stands, else that of
-    `peers/fetch_vulkan.sh`."""
-    driver = ROOT / "runs" / "vulkan" / "usr"
-    if peer != "maniskill" or "VK_ICD_FILENAMES" in os.environ or not driver.exists():
-        return {}
-    return {
-        "VK_ICD_FILENAMES": str(driver / "share/vulkan/icd.d/lvp_icd.json"),
-        "LD_LIBRARY_PATH": str(driver / "lib/x86_64-linux-gnu"),
-    }
+    """ManiSkill wants a Vulkan driver, newer than Debian 12's (`make vulkan`)."""
+    return driver_environment() if peer == "maniskill" else {}
