@@ -29,7 +29,7 @@ def test_every_check_has_an_answer_and_a_way_out(checks):
         "MUJOCO_GL=osmesa",
     )
     assert set(expected) <= set(names)
-    assert {"ManiSkill", "LIBERO", "robosuite", "gymnasium"} <= {c.name for c in checks if c.group == "simulators"}
+    assert {"maniskill", "libero", "robosuite", "gymnasium", "Vulkan"} <= {c.name for c in checks if c.group == "simulators"}
     for check in checks:
         assert check.detail
         if check.status != "ok" and check.name != "GPU":
