@@ -299,8 +299,8 @@ class RolloutCollector:
             window.inputs.append(inputs)
         window.steps.append(step)
         self._obs = step.obs
-        self._inputs = policy.preprocess(step.obs)
-        self._prefix = self._encode(self._inputs)
+        self._inputs = inputs = policy.preprocess(step.obs)
+        self._prefix = self._encode(inputs)
         return step
 
     def _sample(self, prefix: Prefix, decision: int) -> tuple[Tensor, Any]:

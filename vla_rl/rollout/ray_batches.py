@@ -55,18 +55,16 @@ def join_envs(parts: Sequence[RolloutBatch]) -> RolloutBatch:
         return steps([x.unflatten(0, (-1, n)) for x, n in zip(tensors, sizes, strict=True)]).flatten(0, 1)
 
     index, features = _join_bootstraps(parts, filled)
+
+    def of_all(name: str, join: Callable[[list[Tensor]], Tensor]) -> Any:
+        return _joined([getattr(p, name) for p in parts], join)
+
     over_steps = ("rewards", "executed", "terminated", "truncated", "success", "valid", "policy_version")
-    return RolloutBatch(
-        **{
-            name: _joined([getattr(p, name) for p in parts], rows) for name in ("prefix", "inputs", "features", "trace")
-        },
-        **{name: steps([getattr(p, name) for p in parts]) for name in over_steps},
-        bootstrap_features=features,
-        bootstrap_index=index,
-        episodes=dataclasses.replace(
-            _joined([p.episodes for p in parts], torch.cat), num_lost=sum(p.episodes.num_lost for p in parts)
-        ),
-    )
+    fields: dict[str, Any] = {name: of_all(name, steps) for name in over_steps}
+    fields |= {name: of_all(name, rows) for name in ("prefix", "inputs", "features", "trace")}
+    num_lost = sum(p.episodes.num_lost for p in parts)
+    episodes = dataclasses.replace(of_all("episodes", torch.cat), num_lost=num_lost)
+    return RolloutBatch(**fields, bootstrap_features=features, bootstrap_index=index, episodes=episodes)
 
 
 def _join_bootstraps(parts: Sequence[RolloutBatch], filled: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -262,10 +262,11 @@ def start_ray(config: RolloutConfig) -> bool:
     starts = not ray.is_initialized()
     if starts:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; the other one warns
-        local = {"address": "local", "num_cpus": available_cores(), "include_dashboard": False}
-        chosen = local if config.ray_address is None else {"address": config.ray_address}
         try:
-            ray.init(logging_level=logging.WARNING, **chosen)
+            if config.ray_address is None:
+                ray.init("local", num_cpus=available_cores(), include_dashboard=False, logging_level=logging.ERROR)
+            else:
+                ray.init(config.ray_address, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ValueError(f"no Ray cluster at {config.ray_address!r} (rollout.ray_address): {error}") from error
     needed = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
