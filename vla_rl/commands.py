@@ -16,6 +16,8 @@ from vla_rl.configs import RECIPES, get_recipe
 from vla_rl.doctor import run_doctor
 from vla_rl.evaluation.compare import compare
 from vla_rl.evaluation.result import EvalResult
+from vla_rl.train.distributed import join_learners, learner, leave_learners, wait_for_all
+from vla_rl.train.offpolicy import OffPolicyConfig
 from vla_rl.train.pipeline import run_pipeline, write_run_report
 from vla_rl.train.recipe import Recipe
 from vla_rl.train.run_folder import CONFIG_FILE, open_run_folder, read_config
@@ -145,13 +147,17 @@ class TrainOptions:
 
 
 def train_command(argv: list[str]) -> int:
-    """Improve a policy by reinforcement learning."""
+    """Improve a policy by reinforcement learning; with several learners where `torchrun` starts this."""
     o = _parse_with_recipe(TrainOptions, argv, "train")
     check_recipe(o.recipe)
+    if join_learners() and isinstance(o.recipe.train, OffPolicyConfig):
+        raise UsageError("train: several learners are for on-policy recipes; start this one without torchrun")
     inputs = {"from": o.policy_dir, "dataset": o.dataset}
-    run_dir = open_run_folder(o.run_dir, o.recipe, resume=o.resume, kind="train", inputs=inputs)
-    result = reinforce(o.recipe, o.policy_dir, run_dir, resume=o.resume, dataset_path=o.dataset)
-    print(f"{result.num_iterations} iterations in {result.wall_s:.0f} s; policy: {result.policy_folder}")
+    wait_for_all(lambda: open_run_folder(o.run_dir, o.recipe, resume=o.resume, kind="train", inputs=inputs))
+    result = reinforce(o.recipe, o.policy_dir, o.run_dir, resume=o.resume, dataset_path=o.dataset)
+    if learner() == 0:
+        print(f"{result.num_iterations} iterations in {result.wall_s:.0f} s; policy: {result.policy_folder}")
+    leave_learners()
     return 0 if result.finished else 130
 
 

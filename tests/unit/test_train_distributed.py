@@ -1,8 +1,8 @@
-"""Runs with workers that lose their driver, and learners in several processes."""
+"""Learners in several processes, and runs with workers that lose their driver."""
 
-import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,10 +15,12 @@ import torch
 from ray.cluster_utils import Cluster
 
 from vla_rl.envs.two_way_reach import make_two_way_reach
-from vla_rl.onpolicy import ActorConfig, PPOConfig
+from vla_rl.onpolicy import ActorConfig, CriticConfig, PPOConfig, actor
 from vla_rl.policies.build import build_policy
 from vla_rl.policies.flow_mlp import FlowMLPConfig
 from vla_rl.rollout.ray_config import RolloutConfig
+from vla_rl.train.checkpoint import CheckpointError
+from vla_rl.train.distributed import join_learners, learner, leave_learners, merge_metrics
 from vla_rl.train.loop import STATE_FILE, TrainConfig, run_training
 from vla_rl.train.metrics import read_metrics
 
@@ -83,3 +85,97 @@ def test_a_killed_driver_goes_on_from_its_checkpoint(tmp_path):
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+# ----------------------------------------------------------------------------------------------------------- learners
+def learn(folder):
+    """One of two learners: a run of three iterations, and the same one stopped after two and gone on with. It leaves
+    both policies and the gradient of the first minibatch."""
+    torch.set_num_threads(1)
+    folder, seen = Path(folder), []
+    assert join_learners()
+    average_gradients = actor.average_gradients
+
+    def watched(parameters, num_rows):
+        average_gradients(parameters, num_rows)
+        seen.append([p.grad.clone() for p in parameters])
+
+    actor.average_gradients = watched
+    whole = train(folder / "two", learner_config(3))
+    train(folder / "parts", learner_config(2))
+    resumed = train(folder / "parts", learner_config(3), resume=True)
+    left = {"whole": list(whole.parameters()), "resumed": list(resumed.parameters()), "gradient": seen[0]}
+    torch.save({name: [x.detach() for x in tensors] for name, tensors in left.items()}, folder / f"{learner()}.pt")
+    leave_learners()
+
+
+def learner_config(num_iterations):
+    """One minibatch an epoch: the same rows in a step, however many learners share them."""
+    algorithm = PPOConfig(
+        num_decisions=4,
+        critic_warmup_iterations=0,
+        actor=ActorConfig(minibatch_size=64, num_epochs=2, target_kl=None),
+        critic=CriticConfig(minibatch_size=64),
+    )
+    return replace(CONFIG, algorithm=algorithm, num_iterations=num_iterations)
+
+
+def start_two(folder):
+    """What torchrun does, for `learn`."""
+    code = "import sys; from tests.unit.test_train_distributed import learn; learn(sys.argv[1])"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(folder)],
+            env=ENVIRONMENT | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    assert [p.wait(timeout=120) for p in processes] == [0, 0]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_learners_are_one(tmp_path, monkeypatch):
+    """The same environments, gradient and policy as one process; and they go on from a checkpoint bit for bit."""
+    seen = []
+    monkeypatch.setattr(actor, "average_gradients", lambda ps, n: seen.append([p.grad.clone() for p in ps]))
+    one = train(tmp_path / "one", learner_config(3))
+    first, second = start_two(tmp_path)
+    for name in ("whole", "resumed", "gradient"):
+        assert all(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True)), name
+    torch.testing.assert_close(first["gradient"], seen[0], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(first["whole"], [p.detach() for p in one.parameters()], atol=2e-5, rtol=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(first["whole"], first["resumed"], strict=True))
+    one_rows, two_rows = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert two_rows == rows(tmp_path / "two" / "learners" / "1") == rows(tmp_path / "parts")
+    for name in ("rollout/episodes_finished", "rollout/success_rate", "rollout/episode_length", "update/num_samples"):
+        assert [r.get(name) for r in two_rows] == pytest.approx([r.get(name) for r in one_rows]), name
+    assert two_rows[0]["update/policy_loss"] == pytest.approx(one_rows[0]["update/policy_loss"], abs=1e-6)
+    with pytest.raises(CheckpointError, match="is of 2 learners, here are 1"):
+        train(tmp_path / "parts", learner_config(3), resume=True)
+
+
+def test_metrics_of_learners_merge():
+    parts = [
+        {
+            "rollout/episodes_finished": 3.0,
+            "rollout/success_rate": 1.0,
+            "update/joint_kl": 0.2,
+            "update/num_samples": 5.0,
+        },
+        {
+            "rollout/episodes_finished": 1.0,
+            "rollout/success_rate": 0.0,
+            "update/joint_kl": 0.4,
+            "update/num_samples": 7.0,
+        },
+        {"rollout/episodes_finished": 0.0, "update/joint_kl": 0.6, "update/num_samples": 0.0},
+    ]
+    merged = merge_metrics(parts)
+    assert merged["rollout/success_rate"] == 0.75
+    assert merged["rollout/episodes_finished"] == 4.0
+    assert merged["update/num_samples"] == 12.0
+    assert merged["update/joint_kl"] == pytest.approx(0.4)
+    assert merge_metrics(parts[:1]) == parts[0]

@@ -14,6 +14,7 @@ from vla_rl.flow.likelihood import LogProb, chain_kl, k3_divergence
 from vla_rl.flow.sampler import ChunkSampler
 from vla_rl.protocols import HasSupervisedLoss, PolicyInputs, Prefix, require, trainable_parameters
 from vla_rl.rollout.collector import RolloutBatch
+from vla_rl.train.distributed import average_gradients, mean_over_learners, num_minibatches
 from vla_rl.train.divergence import require_finite
 
 DemoSource = Callable[[int], tuple[PolicyInputs, Tensor, Tensor]]
@@ -181,12 +182,12 @@ class ActorUpdate:
         config, policy = self.config, self.sampler.policy
         policy.eval()  # dropout would make the ratio noisy
         fixed = self._fixed_scores(data)
-        num_minibatches = max(1, -(-len(data) // config.minibatch_size))
+        splits = num_minibatches(len(data), config.minibatch_size)
         sums: dict[str, float] = {}
         count, first, stopped = 0, {}, False
         for _ in range(config.num_epochs):
             order = torch.randperm(len(data), generator=generator, device=generator.device).to(data.advantages.device)
-            for rows in order.tensor_split(num_minibatches):
+            for rows in order.tensor_split(splits):
                 loss, metrics, minibatch = self._loss(data, rows, fixed, generator)
                 first = first or {"ratio_error_first": metrics["ratio_error"], "joint_kl_first": metrics["joint_kl"]}
                 stopped = config.target_kl is not None and metrics["joint_kl"] > config.target_kl
@@ -266,7 +267,8 @@ class ActorUpdate:
         minibatch = {"advantages": data.advantages[rows], "old_log_prob": old_joint, "log_prob": score.joint}
         minibatch |= {"rows": rows} | {f"trace.{name}": x for name, x in vars(trace).items() if isinstance(x, Tensor)}
         require_finite("the policy's loss", loss, minibatch)
-        return loss, {name: float(value) for name, value in metrics.items()}, minibatch
+        means = mean_over_learners({name: float(value) for name, value in metrics.items()}, len(rows))
+        return loss, means, minibatch
 
     def _regularisers(
         self, score: LogProb, reference: LogProb | None, metrics: dict[str, Tensor], generator: torch.Generator
@@ -289,6 +291,7 @@ class ActorUpdate:
     def _step(self, loss: Tensor, minibatch: Mapping[str, Tensor]) -> float:
         self._optimizer.zero_grad()
         loss.backward()
+        average_gradients(self._parameters, len(minibatch["rows"]))
         norm = nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
         require_finite("the policy's gradient", norm, minibatch)
         self._optimizer.step()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vla_rl.train.distributed import num_learners, sum_over_learners
+
 
 def gae(
     rewards: Tensor, discounts: Tensor, values: Tensor, next_values: Tensor, ended: Tensor, gae_lambda: float
@@ -29,12 +31,24 @@ def gae(
     return advantages, advantages + values
 
 
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean, standard deviation and number of the entries of `x [M]` of all learners."""
+    if num_learners() == 1:
+        return x.mean(), x.std() if len(x) > 1 else x.new_zeros(()), len(x)
+    count, total = sum_over_learners(torch.stack([x.new_tensor(len(x)).double(), x.double().sum()]))
+    mean = total / count
+    variance = sum_over_learners(((x.double() - mean) ** 2).sum()) / (count - 1)
+    return mean.to(x), variance.sqrt().to(x), int(count)
+
+
 def normalize_advantages(advantages: Tensor, valid: Tensor) -> Tensor:
-    """Zero mean and unit standard deviation over all `valid` entries (bool, same shape); zero elsewhere."""
+    """Zero mean and unit standard deviation over all `valid` entries (bool, same shape) of all learners; zero
+    elsewhere."""
     chosen = advantages[valid]
-    if chosen.numel() < 2:
+    mean, std, count = _moments(chosen)
+    if count < 2:
         return torch.where(valid, advantages, torch.zeros_like(advantages))
-    scaled = (advantages - chosen.mean()) / (chosen.std() + 1e-8)
+    scaled = (advantages - mean) / (std + 1e-8)
     return torch.where(valid, scaled, torch.zeros_like(scaled))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_rl.train.distributed import average_gradients, num_minibatches
 from vla_rl.train.divergence import require_finite
 
 
@@ -75,17 +76,18 @@ class CriticUpdate:
     ) -> dict[str, float]:
         """Minibatch epochs of value regression on M samples."""
         config, parameters = self.config, list(self.critic.parameters())
-        num_minibatches = max(1, -(-len(features) // config.minibatch_size))
+        splits = num_minibatches(len(features), config.minibatch_size)
         loss_sum, norm_sum, count = 0.0, 0.0, 0
         for _ in range(config.num_epochs):
             order = torch.randperm(len(features), generator=generator, device=features.device)
-            for rows in order.tensor_split(num_minibatches):
+            for rows in order.tensor_split(splits):
                 values = self.critic(features[rows])
                 loss = value_loss(values, old_values[rows], targets[rows], config.value_clip, config.huber_delta)
                 minibatch = {"features": features[rows], "targets": targets[rows], "values": values}
                 require_finite("the critic's loss", loss, minibatch)
                 self._optimizer.zero_grad()
                 loss.backward()
+                average_gradients(parameters, len(rows))
                 grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 require_finite("the critic's gradient", grad_norm, minibatch)
                 self._optimizer.step()

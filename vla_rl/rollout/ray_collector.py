@@ -66,16 +66,17 @@ class RayRolloutCollector:
         seed: int,
         config: RolloutConfig,
         env_seeds: Sequence[int] | None = None,
+        first_env: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self.num_envs, self.config, self.policy_version = num_envs, config, 0
         self._sampler, self._device = sampler, device
         self._slices = config.slices(num_envs)
-        self._env_seeds = list(env_seeds) if env_seeds is not None else make_env_seeds(seed, num_envs)
+        self._env_seeds = list(env_seeds) if env_seeds is not None else make_env_seeds(seed, num_envs, first_env)
         self._options = [
             WorkerOptions(
                 num_envs=len(s),
-                first_env=s.start,
+                first_env=first_env + s.start,
                 execution_horizon=execution_horizon,
                 seed=seed,
                 env_seeds=self._env_seeds[s.start : s.stop],

@@ -26,13 +26,24 @@ from vla_rl.progress import Progress
 from vla_rl.protocols import Learner
 from vla_rl.rollout.collector import Collector, RolloutCollector
 from vla_rl.rollout.ray_config import RolloutConfig
-from vla_rl.train.checkpoint import load_state, require_same_config, save_state
+from vla_rl.train.checkpoint import CheckpointError, load_state, require_same_config, save_state
 from vla_rl.train.demo_source import DatasetDemos
+from vla_rl.train.distributed import (
+    any_learner,
+    gather,
+    join_metrics,
+    learner,
+    num_learners,
+    same_start,
+    slice_of_learner,
+    wait_for_all,
+)
 from vla_rl.train.divergence import dumping
 from vla_rl.train.interrupt import StopOnInterrupt
 from vla_rl.train.metrics import Metrics, MetricsLogger
 
 STATE_FILE, POLICY_FOLDER, DIVERGED_FILE = "train_state.pt", "policy", "diverged_batch.safetensors"
+LEARNERS_FOLDER = "learners"  # metrics of the learners beside the first
 MAY_CHANGE = ("num_iterations", "eval_interval", "checkpoint_interval")  # across a resume
 
 
@@ -125,6 +136,10 @@ class Trainer:
         self.config = config
         if config.freeze_encoder and hasattr(policy, "freeze_encoder"):
             self.policy.freeze_encoder()
+        if num_learners() > 1:
+            if not isinstance(config.algorithm, PPOConfig) or demos is not None:
+                raise ValueError("several learners are for PPO without bc_coef; start this run without torchrun")
+            same_start(policy)
         seed = config.algorithm.seed
         self._demos = demos
         sampler = build_sampler(policy, config.sampler, seed=seed)
@@ -138,29 +153,43 @@ class Trainer:
     def iterate(self) -> Metrics:
         """Collect and update once."""
         start = time.monotonic()
-        metrics = self.learner.iterate(self._collector) | self._collector.metrics()
+        metrics = join_metrics(self.learner.iterate(self._collector) | self._collector.metrics())
         self.num_iterations += 1
         return metrics | {"update/iteration_s": time.monotonic() - start}
 
     def save(self, run_dir: Path) -> None:
         """The policy for whoever uses it, then the state to go on from."""
         metadata = {"iterations": self.num_iterations}
-        save_policy(self.policy, run_dir / POLICY_FOLDER, spec=self.spec, metadata=metadata)
+        learner_state = self.learner.state_dict()
+        own = gather({"collector": self._collector.state_dict(), "generator": learner_state["generator"]})
         state = {
             "config": config_to_dict(self.config),
             "num_iterations": self.num_iterations,
-            "learner": self.learner.state_dict(),
-            "collector": self._collector.state_dict(),
+            "learner": learner_state,
+            "collector": own[0]["collector"],
             "demos": None if self._demos is None else self._demos.state_dict(),
+            "other_learners": own[1:],
         }
-        save_state(run_dir / STATE_FILE, state)
+
+        def write() -> None:
+            save_policy(self.policy, run_dir / POLICY_FOLDER, spec=self.spec, metadata=metadata)
+            save_state(run_dir / STATE_FILE, state)
+
+        wait_for_all(write)
 
     def load(self, run_dir: Path) -> None:
         """Go on from `run_dir`. Raises CheckpointError where the stored run has another configuration."""
         state = load_state(run_dir / STATE_FILE)
         require_same_config(state["config"], self.config, MAY_CHANGE, run_dir / STATE_FILE)
-        self.learner.load_state_dict(state["learner"])
-        self._collector.load_state_dict(state["collector"])
+        others = state["other_learners"]
+        if len(others) + 1 != num_learners():
+            raise CheckpointError(
+                f"{run_dir / STATE_FILE} is of {len(others) + 1} learners, here are {num_learners()}; start as many"
+            )
+        own = {"collector": state["collector"], "generator": state["learner"]["generator"]}
+        own = own if learner() == 0 else others[learner() - 1]
+        self.learner.load_state_dict(state["learner"] | {"generator": own["generator"]})
+        self._collector.load_state_dict(own["collector"])
         if self._demos is not None:
             self._demos.load_state_dict(state["demos"])
         self.num_iterations = int(state["num_iterations"])
@@ -173,12 +202,14 @@ class Trainer:
 def make_collector(make_env: MakeEnv, sampler: ChunkSampler, config: TrainConfig, rollout: RolloutConfig) -> Collector:
     """In this process, or with workers. Raises ValueError where Ray is needed and not installed."""
     seed, device = config.algorithm.seed, next(iter(sampler.policy.parameters())).device
+    envs = slice_of_learner(config.num_envs)
     if rollout.workers == 0:
         return RolloutCollector(
-            make_env(config.num_envs),
+            make_env(len(envs)),
             sampler,
             execution_horizon=config.execution_horizon,
             seed=seed,
+            first_env=envs.start,
             policy_batch_size=rollout.policy_batch_size,
             device=device,
         )
@@ -189,9 +220,10 @@ def make_collector(make_env: MakeEnv, sampler: ChunkSampler, config: TrainConfig
     return RayRolloutCollector(
         make_env,
         sampler,
-        num_envs=config.num_envs,
+        num_envs=len(envs),
         execution_horizon=config.execution_horizon,
         seed=seed,
+        first_env=envs.start,
         config=rollout,
         device=device,
     )
@@ -252,17 +284,20 @@ def run_iterations(
         trainer.load(run_dir)
     first, total = trainer.num_iterations, schedule.num_iterations
     progress = Progress(max(total, 1), label, unit="iterations", initial=first)
-    resume_after = first if resume else None
-    with StopOnInterrupt() as stop, MetricsLogger(run_dir, resume_after=resume_after, tensorboard=tensorboard) as log:
-        while trainer.num_iterations < total and not stop.requested:
+    resume_after, is_first = first if resume else None, learner() == 0
+    log_dir = run_dir if is_first else run_dir / LEARNERS_FOLDER / str(learner())
+    logger = MetricsLogger(log_dir, resume_after=resume_after, tensorboard=tensorboard and is_first)
+    with StopOnInterrupt() as stop, logger as log:
+        while trainer.num_iterations < total and not any_learner(stop.requested):
             with dumping(run_dir / DIVERGED_FILE, run_dir / STATE_FILE):
                 metrics = trainer.iterate()
             done = trainer.num_iterations
-            if evaluate is not None and _is_due(done, schedule.eval_interval, total):
+            if evaluate is not None and is_first and _is_due(done, schedule.eval_interval, total):
                 metrics |= evaluate()
             log.log(done, metrics)
             success = metrics.get("rollout/success_rate")
-            progress.update(done, **({} if success is None else {"success": success}))
+            if is_first:
+                progress.update(done, **({} if success is None else {"success": success}))
             if done % schedule.checkpoint_interval == 0 and done < total:
                 trainer.save(run_dir)
         trainer.save(run_dir)
