@@ -1,13 +1,13 @@
 """Simulators in processes of their own, with a Python of their own, behind the one contract.
 
 robosuite and LIBERO pin another MuJoCo and numpy than this project, and ManiSkill has one environment a process on a
-CPU. `RemoteStepEnv` starts `num_workers` processes of `vla_rl/envs/hosts/serve.py` in the simulator's Python, shares the
-environments out between them, and steps them side by side. Messages go over a socket pair, pictures through shared
+CPU. `RemoteStepEnv` starts `num_workers` processes of `vla_rl/envs/hosts/serve.py` in the simulator's Python, shares
+the environments out between them, and steps them side by side. Messages go over a socket pair, pictures through shared
 memory.
 
-A process that dies, or that does not answer in time, is started again. The episodes that ran in it are lost: the outcome
-of the step says so (`StepOutcome.lost`), `ChunkedEnv` drops them, and whoever counts episodes counts them apart. Nothing
-is repeated silently.
+A process that dies, or that does not answer in time, is started again. The episodes that ran in it are lost: the
+outcome of the step says so (`StepOutcome.lost`), `ChunkedEnv` drops them, and whoever counts episodes counts them
+apart. Nothing is repeated silently.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class HostConfig:
 
     `python`: the interpreter. `module`: the host module's file, a bare name is one of `vla_rl/envs/hosts`. `options`:
     JSON values for its `build`. `environment`: variables added to this process's. A process that does not answer within
-    `timeout_s` seconds counts as dead (`start_timeout_s` while it builds); after `max_restarts` deaths without a step in
-    between it is given up.
+    `timeout_s` seconds counts as dead (`start_timeout_s` while it builds); after `max_restarts` deaths without a step
+    in between it is given up.
     """
 
     python: Path | str
@@ -187,7 +187,7 @@ class RemoteStepEnv:
 
     def __init__(self, config: HostConfig, num_envs: int, *, num_workers: int = 1, stream: Sequence[int] = ()) -> None:
         """`stream`: numbers that are mixed into every seed, so that splits do not share an episode; () keeps seeds."""
-        if not 1 <= num_workers:
+        if num_workers < 1:
             raise ValueError(f"num_workers is {num_workers}, expected at least 1")
         self.num_envs = num_envs
         self.num_lost = 0

@@ -1,4 +1,4 @@
-"""The scripted expert that a simulator's host module has (`HostedEnv.expert_action`), with noise that its episode decides.
+"""The scripted expert of a simulator's host module (`HostedEnv.expert_action`), with noise that its episode decides.
 
 Nothing of the simulator is here: what robosuite, LIBERO, Metaworld and ManiSkill demonstrate is in `hosts/`.
 """

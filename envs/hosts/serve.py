@@ -1,4 +1,4 @@
-"""Serves hosted environments over a socket that the parent process opened: `python serve.py FD` in a simulator's Python.
+"""Serves hosted environments over a socket that the parent opened: `python serve.py FD` in a simulator's Python.
 
 The first message says which module to build from. Pictures go through shared memory that the parent made; all else is
 in the messages. The process ends when the socket closes, so that a killed parent leaves nobody behind.
@@ -18,7 +18,8 @@ import numpy as np
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 _spec = importlib.util.spec_from_file_location("host_protocol", Path(__file__).with_name("protocol.py"))
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 protocol = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(protocol)
 

@@ -52,7 +52,8 @@ class Method:
 @dataclass(frozen=True)
 class Experiment:
     """`prepare(seed, folder)` writes the starting policy to `folder/policy`. `make_env(num_envs, split, auto_reset)`:
-    "train" or "test". `start_range`: where the starting rate must lie."""
+    "train" or "test". `start_range`: where the starting rate must lie. `num_envs`: of an evaluation.
+    `curve_episodes`: of each point of a learning curve."""
 
     name: str
     title: str
@@ -65,12 +66,20 @@ class Experiment:
     start_range: tuple[float, float]
     control_margin: float = 0.08
     ahead: tuple[tuple[str, str], ...] = ()
+    num_envs: int = 64
+    curve_episodes: int = 128
+
+
+def find(module: str) -> Experiment:
+    """`EXPERIMENT` of a module, or what `module:NAME` says."""
+    path, _, name = module.partition(":")
+    return getattr(importlib.import_module(path), name or "EXPERIMENT")
 
 
 def main(module: str, argv: Sequence[str] | None = None) -> int:
-    """Run the experiment of `module`. Returns 0 where everything required holds."""
-    experiment: Experiment = importlib.import_module(module).EXPERIMENT
-    parser = argparse.ArgumentParser(description=importlib.import_module(module).__doc__)
+    """Run the experiment that `find` finds. Returns 0 where everything required holds."""
+    experiment = find(module)
+    parser = argparse.ArgumentParser(description=importlib.import_module(module.partition(":")[0]).__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(experiment.methods), default=list(experiment.methods))
     parser.add_argument("--iterations", type=int, help="instead of the methods' own number")
@@ -113,7 +122,7 @@ def run_jobs(function: Callable[..., str], jobs: Sequence[tuple[Any, ...]], proc
 def run_job(module: str, name: str, seed: int, num_iterations: int | None, out: Path) -> str:
     """Train and evaluate one method with one seed, or only evaluate the start; what is done is not done again."""
     torch.set_num_threads(1)
-    experiment: Experiment = importlib.import_module(module).EXPERIMENT
+    experiment = find(module)
     folder, source = out / f"seed_{seed}" / name, out / f"seed_{seed}" / START
     hold_run_folder(folder)
     if not (folder / "evaluation" / "eval.json").exists():
@@ -135,7 +144,7 @@ def _train(
     experiment: Experiment, method: Method, seed: int, num_iterations: int | None, source: Path, folder: Path
 ) -> None:
     config = method.train.with_seed(seed)
-    curve = replace(experiment, num_episodes=128, first_episode=experiment.first_episode + 10**6)
+    curve = replace(experiment, num_episodes=experiment.curve_episodes, first_episode=experiment.first_episode + 10**6)
 
     def measure(policy: Any) -> dict[str, float]:
         rate = _rate(curve, policy, seed).success_once
@@ -172,8 +181,8 @@ def _rate(experiment: Experiment, policy: Any, seed: int) -> EvalResult:
         lambda n: experiment.make_env(n, "test", False),
         range(first, first + experiment.num_episodes),
         execution_horizon=next(iter(experiment.methods.values())).train.execution_horizon,
-        num_envs=64,
-        policy_batch_size=64,
+        num_envs=experiment.num_envs,
+        policy_batch_size=experiment.num_envs,
         task=f"training seed {seed}",
         progress=False,
     )
@@ -258,7 +267,7 @@ def _report(experiment: Experiment, module: str, out: Path, seeds: Sequence[int]
         ReportData(
             title=experiment.title,
             rows=tuple(rows),
-            command=f"make experiment NAME={module.rpartition('.')[2]}",
+            command=f"make experiment NAME={module.rpartition('.')[2].partition(':')[0]}",
             description=f"{len(seeds)} training seeds, {experiment.num_episodes} held-out episodes each. Curves: seed "
             f"{seeds[0]}.",
             curves=tuple(curves),

@@ -1,0 +1,110 @@
+"""Recipes of other people's simulators. Each wants its own environment first: `vla-rl env install NAME`.
+
+ManiSkill's are from the state: twenty noisy demonstrations, cloned by a small flow policy, which EXPO then edits
+online. The others are the demo's tiny VLA from one camera and Flow-SDE PPO at a size that two cores can run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vla_rl.configs.demo import demo
+from vla_rl.data.replay import ReplayConfig
+from vla_rl.envs.config import AnyEnvConfig
+from vla_rl.envs.libero import LiberoConfig
+from vla_rl.envs.maniskill import ManiSkillConfig
+from vla_rl.envs.metaworld import MetaworldConfig
+from vla_rl.envs.remote_expert import RemoteExpertConfig
+from vla_rl.envs.robosuite import RobosuiteConfig
+from vla_rl.offpolicy.critics import MLPCriticConfig
+from vla_rl.offpolicy.edits import EditConfig
+from vla_rl.offpolicy.expo import ExpoConfig
+from vla_rl.offpolicy.networks import ActorNetConfig
+from vla_rl.onpolicy import PPOConfig
+from vla_rl.policies.flow_mlp import FlowMLPConfig
+from vla_rl.train.loop import TrainConfig
+from vla_rl.train.offpolicy import OffPolicyConfig, OnlineConfig
+from vla_rl.train.recipe import DemosConfig, EvalConfig, Recipe
+from vla_rl.train.sft import SFTConfig
+
+CHUNK = 4
+
+
+def _maniskill(task: str) -> Recipe:
+    hidden = (256, 256)
+    agent = ExpoConfig(
+        num_base=4,
+        edit=EditConfig(scale=0.3, net=ActorNetConfig(hidden, layer_norm=False), initial_temperature=0.1),
+        critic=MLPCriticConfig(4, hidden),
+        tau=0.01,
+    )
+    online = OnlineConfig(
+        num_env_steps=20_000,
+        num_envs=2,
+        execution_horizon=CHUNK,
+        warmup_env_steps=1_000,
+        utd_ratio=1.0,
+        updates_per_call=4,
+        batch_size=128,
+        offline_ratio=0.5,
+        env_steps_per_iteration=1_000,
+        eval_interval=5,
+    )
+    return Recipe(
+        env=ManiSkillConfig(task=task, cameras=(), num_workers=2),
+        demos=DemosConfig(num_episodes=20, num_envs=2, keep="success", expert=RemoteExpertConfig(action_noise=0.4)),
+        policy=FlowMLPConfig(action_horizon=CHUNK, width=128),
+        sft=SFTConfig(num_updates=1_500, batch_size=128),
+        train=OffPolicyConfig(
+            agent=agent,
+            horizon=CHUNK,
+            replay=ReplayConfig(capacity=50_000, gamma=0.97, reward_bias=-1.0, reward_low=0.0),
+            online=online,
+        ),
+        evaluation=EvalConfig(num_episodes=100, num_envs=2, policy_batch_size=2, num_videos=2),
+    )
+
+
+def maniskill_push_cube() -> Recipe:
+    """ManiSkill PushCube from the state: 20 noisy demonstrations, then EXPO online."""
+    return _maniskill("PushCube-v1")
+
+
+def maniskill_pick_cube() -> Recipe:
+    """ManiSkill PickCube from the state: 20 noisy demonstrations, then EXPO online."""
+    return _maniskill("PickCube-v1")
+
+
+def _flow_sde(env: AnyEnvConfig, num_demos: int) -> Recipe:
+    start = demo()
+    assert isinstance(start.train, TrainConfig)
+    algorithm = start.train.algorithm
+    assert isinstance(algorithm, PPOConfig)
+    small = replace(
+        algorithm, num_decisions=25, critic_warmup_iterations=2, actor=replace(algorithm.actor, minibatch_size=100)
+    )
+    return replace(
+        start,
+        env=env,
+        demos=DemosConfig(num_episodes=num_demos, num_envs=2, expert=RemoteExpertConfig(action_noise=0.1)),
+        train=replace(start.train, num_envs=8, num_iterations=30, algorithm=small),
+        evaluation=EvalConfig(num_episodes=100, num_envs=8, policy_batch_size=8, num_videos=2),
+    )
+
+
+def robosuite_lift() -> Recipe:
+    """robosuite Lift from one camera: the tiny VLA, Flow-SDE PPO."""
+    return _flow_sde(RobosuiteConfig("Lift", image_size=64, fast_pictures=True, num_workers=2), 50)
+
+
+def libero_object() -> Recipe:
+    """LIBERO-Object's first task from one camera: the tiny VLA, Flow-SDE PPO; disjoint initial states."""
+    return _flow_sde(LiberoConfig(cameras=("agentview",), image_size=64, num_workers=2), 20)
+
+
+def metaworld_reach() -> Recipe:
+    """Metaworld reach from one camera: the tiny VLA, Flow-SDE PPO."""
+    return _flow_sde(MetaworldConfig("reach-v3", image_size=64, num_workers=2), 50)
+
+
+__all__ = ["libero_object", "maniskill_pick_cube", "maniskill_push_cube", "metaworld_reach", "robosuite_lift"]
