@@ -36,19 +36,18 @@ def solution_of(task: str) -> Callable[..., Any] | None:
     return getattr(solutions, f"solve{task.rsplit('-v', 1)[0]}", None)
 
 
-def plan(env: Any, solve: Callable[..., Any], seed: int) -> np.ndarray:
-    """The actions [T, A] of `solve` in the episode of `seed`, T >= 1. `env` has the control "pd_joint_pos".
+def plan(env: Any, solve: Callable[..., Any]) -> np.ndarray:
+    """The actions [T, A] of `solve` in the episode that has begun in `env`, T >= 1; the control is "pd_joint_pos".
 
     A plan that fails half-way is what there is of it: the episode is a failure of the expert, not of the program.
     """
-    env.reset(seed=[seed])
     rest = env.agent.robot.get_qpos()[0].numpy()[: env.single_action_space.shape[0] - 1]
     recorder = _Recorder(env)
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            solve(recorder, seed=seed)
+            solve(recorder)
         except Exception as error:  # planners raise whatever they like
-            print(f"the planner failed in the episode of seed {seed}: {type(error).__name__}: {error}")
+            print(f"the planner failed: {type(error).__name__}: {error}")
     return np.stack(recorder.actions or [np.append(rest, _OPEN).astype(np.float64)])
 
 
