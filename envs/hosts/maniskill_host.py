@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -95,12 +96,14 @@ class Host:
         """
         task, control = self._options["task"], self._options["control"]
         experts = _sibling("maniskill_experts")
-        if control == "pd_joint_pos" and experts.solution_of(task) is not None:
-            if self._plan is None:
+        solve = experts.solution_of(task) if control == "pd_joint_pos" else None
+        if solve is not None:
+            plan = self._plan
+            if plan is None:
                 self._planner = self._planner or open_env(self._options, render="none")
                 begin(self._planner, self._seed)
-                self._plan = experts.plan(self._planner, experts.solution_of(task))
-            return self._bounded(self._plan[min(self._steps, len(self._plan) - 1)])
+                plan = self._plan = experts.plan(self._planner, solve)
+            return self._bounded(plan[min(self._steps, len(plan) - 1)])
         if control == "pd_ee_delta_pos" and task in experts.SCRIPTS:
             self._script = self._script or experts.SCRIPTS[task](self._env)
             return self._bounded(self._script.act())
@@ -137,7 +140,7 @@ def open_env(options: Mapping[str, Any], num_envs: int = 1, sim: str = "physx_cp
         raise ValueError(f"ManiSkill has no task {task!r}; did you mean one of {', '.join(near)}?")
     extra: dict[str, Any] = {"robot_uids": options["robot"]} if options.get("robot") else {}
     try:
-        env = gymnasium.make(
+        env: Any = gymnasium.make(
             task,
             obs_mode="none",
             reward_mode="normalized_dense" if options["reward"] == "dense" else "sparse",
@@ -288,6 +291,7 @@ def _action_names(env: Any) -> list[str]:
     return names
 
 
+@cache
 def _sibling(name: str) -> ModuleType:
     """Another module of this folder, also where the folder is no package (see `serve.py`)."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
