@@ -1,0 +1,304 @@
+"""LIBERO's tasks, as hosted environments: numpy and LIBERO (with robosuite 1.4) only.
+
+Options of `build`, which `vla_rl.envs.libero.LiberoConfig` explains: task ("SUITE/NAME" or "SUITE/NUMBER"), assets
+(folder or None), cameras {name: [h, w]}, rotate_180, init_state_ids, settle_steps, max_episode_steps, privileged_state,
+fast_pictures, render_size.
+"""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+import importlib.util
+import io
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def _module(path: Path) -> Any:
+    """The module in file `path`: of this folder, which is no package here, or of LIBERO without its neighbours."""
+    spec = importlib.util.spec_from_file_location(f"host_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"there is no {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+mujoco_view = _module(Path(__file__).with_name("mujoco_view.py"))
+waypoints = _module(Path(__file__).with_name("waypoints.py"))
+Waypoint, above, CLOSED, OPEN = waypoints.Waypoint, waypoints.above, waypoints.CLOSED, waypoints.OPEN
+
+_STATE_NAMES = ("eef_x", "eef_y", "eef_z", "eef_rx", "eef_ry", "eef_rz", "finger_left", "finger_right")
+_NULL_ACTION = np.array([0.0] * 6 + [OPEN])
+_MAX_WIDTH = 0.07  # metres that fit between the open fingers (0.08) with a margin
+
+
+def _import_libero(assets: str | None) -> Path:
+    """Import LIBERO and return its folder. It asks a question on standard input unless its configuration is there, and
+    looks for the scene assets in its own folder or on a model hub, whatever the configuration says."""
+    found = importlib.util.find_spec("libero")
+    if found is None or not found.submodule_search_locations:
+        raise ImportError("libero is not installed in this Python")
+    root = Path(next(iter(found.submodule_search_locations))) / "libero"
+    folder = Path(os.environ.get("LIBERO_CONFIG_PATH", Path.home() / ".libero"))
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.yaml").exists():
+        places = {"benchmark_root": "", "bddl_files": "bddl_files", "init_states": "init_files", "assets": "assets"}
+        lines = [f"{key}: {root / place}" for key, place in places.items() if key != "assets" or assets is None]
+        lines += [f"datasets: {folder / 'datasets'}", *([f"assets: {assets}"] if assets else [])]
+        (folder / "config.yaml").write_text("\n".join(lines) + "\n")
+    if not hasattr(collections, "Iterable"):  # LIBERO's samplers use a name that Python 3.10 moved
+        collections.Iterable = collections.abc.Iterable  # pyright: ignore[reportAttributeAccessIssue]
+    package = importlib.import_module("libero.libero")
+    if assets is not None:
+        if not (Path(assets) / "scenes").is_dir():
+            raise FileNotFoundError(f"LIBERO's assets are not in {assets}: there is no folder 'scenes'")
+        package._assets_path_cache = str(assets)
+    return root
+
+
+def _find_task(root: Path, task: str) -> tuple[str, str]:
+    """Suite and name of "SUITE/NAME" or "SUITE/NUMBER" (the official order)."""
+    suites = _module(root / "benchmark" / "libero_suite_task_map.py").libero_task_map
+    suite, _, name = task.partition("/")
+    names = suites.get(suite, [])
+    if name.isdigit() and int(name) < len(names):
+        return suite, names[int(name)]
+    if name not in names:
+        known = f"{suite} has {len(names)} tasks: {', '.join(names)}" if names else f"suites are {', '.join(suites)}"
+        raise ValueError(f"libero: task {task!r} is unknown; {known}")
+    return suite, name
+
+
+def language_of(name: str) -> str:
+    """The instruction that the literature's policies get: the task's name, without its scene."""
+    return re.sub(r"^.*SCENE\d+_", "", name).replace("_", " ")
+
+
+_ARRAY_PARTS = (
+    ("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
+)  # fmt: skip
+
+
+class _NumpyOnly(pickle.Unpickler):
+    """Unpickles numpy arrays and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ARRAY_PARTS:
+            raise pickle.UnpicklingError(f"init states must be plain arrays, found {module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_init_states(path: Path) -> np.ndarray:
+    """The init states of a task, float64 [50, 1 + nq + nv] (time, positions, velocities), from a torch archive."""
+    with zipfile.ZipFile(path) as archive:
+        data = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        return np.asarray(_NumpyOnly(io.BytesIO(archive.read(data))).load(), np.float64)
+
+
+class LiberoEnv:
+    """One task. The episode of a seed starts from init state `init_state_ids[seed % len(init_state_ids)]`; where
+    furniture stands, which the init states do not say, LIBERO draws from the seed."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        root = _import_libero(options["assets"])
+        suite, name = _find_task(root, options["task"])
+        from libero.libero.envs import env_wrapper  # pyright: ignore[reportMissingImports]
+
+        self._options, self._name = options, f"{suite}/{name}"
+        self._language = language_of(name)
+        states = read_init_states(root / "init_files" / suite / f"{name}.pruned_init")
+        self._init_states = states[np.array(options["init_state_ids"], dtype=int)]
+        self._env: Any = env_wrapper.ControlEnv(
+            bddl_file_name=str(root / "bddl_files" / suite / f"{name}.bddl"),
+            has_offscreen_renderer=False,
+            use_camera_obs=False,
+            ignore_done=True,
+            hard_reset=True,  # a soft one keeps traces of the episode before
+            control_freq=20,
+        ).env
+        self._refresh = self._env._update_observables
+        self._env._update_observables = lambda force=False: None  # noqa: ARG005 (robosuite's argument)
+        self._env._get_observations = lambda force_update=False: {}  # noqa: ARG005
+        self._view = mujoco_view.View(fast=options["fast_pictures"])
+        self._steps = 0
+        self._follower: Any = None
+
+    def spec(self) -> dict[str, Any]:
+        low, high = self._env.action_spec
+        return {
+            "name": self._name,
+            "cameras": self._options["cameras"],
+            "state_names": [*_STATE_NAMES, *(name for name, _ in self._privileged())],
+            "action_low": low.tolist(),
+            "action_high": high.tolist(),
+            "action_names": ["dx", "dy", "dz", "drx", "dry", "drz", "gripper"],
+            "max_episode_steps": self._options["max_episode_steps"],
+            "control_hz": 20.0,
+        }
+
+    def reset(self, seed: int) -> None:
+        from robosuite.utils.errors import RandomizationError  # pyright: ignore[reportMissingImports]
+
+        np.random.seed(np.random.SeedSequence(seed).generate_state(4))  # noqa: NPY002 (LIBERO draws from it)
+        while True:
+            try:
+                self._env.object_property_initializers.clear()  # or each reset draws for all that were before it, too
+                self._env.reset()
+                break
+            except RandomizationError:
+                continue  # objects did not fit; LIBERO's own wrapper draws again, too
+        self._env.sim.set_state_from_flattened(self._init_states[seed % len(self._init_states)])
+        self._env.sim.forward()
+        self._env._post_process()
+        for _ in range(self._options["settle_steps"]):
+            self._env.step(_NULL_ACTION)
+        self._steps = 0
+        self._follower = None
+
+    def step(self, action: np.ndarray) -> tuple[float, bool, bool, bool]:
+        self._env.step(action)
+        self._steps += 1
+        success = bool(self._env._check_success())
+        return float(success), success, False, success
+
+    def observe(self, images: bool) -> tuple[np.ndarray, dict[str, np.ndarray], str]:
+        self._refresh(force=True)
+        seen = {key: self._env._observables[f"robot0_{key}"].obs for key in ("eef_pos", "eef_quat", "gripper_qpos")}
+        parts = [seen["eef_pos"], _rotation_vector(seen["eef_quat"]), seen["gripper_qpos"]]
+        state = np.concatenate([*parts, [value for _, value in self._privileged()]]).astype(np.float32)
+        cameras = self._options["cameras"].items() if images else ()
+        return state, {c: self._convention(self._picture(c, *size)) for c, size in cameras}, self._language
+
+    def render(self) -> np.ndarray:
+        return self._picture("agentview", *self._options["render_size"])
+
+    def expert_action(self) -> np.ndarray:
+        """Raises NotImplementedError where the goal is not one movable object at one place."""
+        if self._follower is None:
+            self._follower = waypoints.Follower(pick_and_place(self._env))
+        return self._follower.action(*_gripper(self._env), self._steps)
+
+    def close(self) -> None:
+        self._view.close()
+        self._env.close()
+
+    def _picture(self, camera: str, height: int, width: int) -> np.ndarray:
+        return self._view.picture(self._env.sim.model._model, self._env.sim.data._data, camera, height, width)
+
+    def _convention(self, upright: np.ndarray) -> np.ndarray:
+        """LIBERO's pictures are upside down, and the literature turns those by 180 degrees: upright, but mirrored."""
+        return np.ascontiguousarray(upright[:, ::-1] if self._options["rotate_180"] else upright[::-1])
+
+    def _privileged(self) -> Iterator[tuple[str, float]]:
+        """Poses of objects (metres, quaternion x y z w) and furniture, and the joints of furniture."""
+        if not self._options["privileged_state"]:
+            return
+        data = self._env.sim.data
+        for name, body in self._env.obj_body_id.items():
+            w, x, y, z = data.body_xquat[body]
+            values = (*data.body_xpos[body], x, y, z, w)
+            yield from zip((f"{name}_{part}" for part in ("x", "y", "z", "qx", "qy", "qz", "qw")), values, strict=True)
+        for name, fixture in self._env.fixtures_dict.items():
+            for i, joint in enumerate(fixture.joints):
+                yield f"{name}_joint_{i}", float(data.qpos[self._env.sim.model.get_joint_qpos_addr(joint)])
+
+
+def _rotation_vector(quaternion: np.ndarray) -> np.ndarray:
+    """Axis times angle in [0, 2 pi] of `quaternion` (x, y, z, w), as robosuite computes it and policies know it."""
+    w = float(np.clip(quaternion[3], -1.0, 1.0))
+    sine = np.sqrt(1.0 - w * w)
+    return np.zeros(3) if np.isclose(sine, 0.0) else quaternion[:3] * 2.0 * np.arccos(w) / sine
+
+
+# ------------------------------------------------------------------------------------------------------------ expert
+def _gripper(env: Any) -> tuple[np.ndarray, np.ndarray]:
+    site = env.robots[0].eef_site_id
+    return np.array(env.sim.data.site_xpos[site]), np.array(env.sim.data.site_xmat[site]).reshape(3, 3)
+
+
+def _corners(env: Any, name: str) -> np.ndarray:
+    """Corners of the boxes around an object's collision shapes, [M, 3] in the world."""
+    model, data = env.sim.model._model, env.sim.data._data
+    geoms = [env.sim.model.geom_name2id(geom) for geom in env.get_object(name).contact_geoms]
+    signs = np.array(np.meshgrid(*[[-1.0, 1.0]] * 3)).reshape(3, 8).T
+    return np.concatenate(
+        [
+            data.geom_xpos[g]
+            + (model.geom_aabb[g, :3] + signs * model.geom_aabb[g, 3:]) @ data.geom_xmat[g].reshape(3, 3).T
+            for g in geoms
+        ]
+    )
+
+
+def _grasp_pose(env: Any, name: str) -> tuple[np.ndarray, float]:
+    """Where the gripper closes around an object: across its narrow side, or on the rim of what is too wide."""
+    corners = _corners(env, name)
+    low, high = corners[:, 2].min(), corners[:, 2].max()
+    best_yaw, best_width, middle = 0.0, np.inf, np.zeros(2)
+    for yaw in np.linspace(-np.pi / 4, 3 * np.pi / 4, 36, endpoint=False):
+        x, y = (corners @ waypoints.rotation_z(yaw))[:, :2].T
+        if y.max() - y.min() < best_width - 1e-3:
+            best_yaw, best_width = float(yaw), float(y.max() - y.min())
+            middle = waypoints.rotation_z(yaw)[:2, :2] @ np.array([x.max() + x.min(), y.max() + y.min()]) / 2
+    if best_width <= _MAX_WIDTH:
+        return np.array([*middle, max((low + high) / 2, high - 0.04)]), best_yaw
+    others = [np.array(env.sim.data.body_xpos[b][:2]) for n, b in env.obj_body_id.items() if n != name]
+    middle = (corners.max(0) + corners.min(0))[:2] / 2
+    radius = (corners.max(0) - corners.min(0))[1] / 2 - 0.008
+    sides = [middle + np.array([0.0, side * radius]) for side in (1.0, -1.0)]
+    room = [min((float(np.linalg.norm(side - other)) for other in others), default=1.0) for side in sides]
+    return np.array([*sides[int(np.argmax(room))], high - 0.015]), 0.0
+
+
+def _place(env: Any, target: str) -> np.ndarray:
+    """The middle of the top of where an object shall go: another object, or a region of one."""
+    if target in env.object_sites_dict:
+        position = np.array(env.sim.data.get_site_xpos(target))
+        parent = env.object_sites_dict[target].parent_name
+        if target.endswith("contain_region") and parent in env.objects_dict:
+            position[2] = _corners(env, parent)[:, 2].max() - 0.02
+        return position
+    corners = _corners(env, target)
+    return np.array([*(corners.max(0) + corners.min(0))[:2] / 2, corners[:, 2].max()])
+
+
+def pick_and_place(env: Any) -> Iterator[Any]:
+    """Take the goal's object and put it where the goal says. Raises NotImplementedError for other goals."""
+    goals = env.parsed_problem["goal_state"]
+    if len(goals) != 1 or len(goals[0]) != 3 or goals[0][1] not in env.objects_dict:
+        raise NotImplementedError(f"the scripted expert moves one object to one place; this goal is {goals}")
+    _, name, target = goals[0]
+    grasp, yaw = _grasp_pose(env, name)
+    yield Waypoint(above(grasp, 0.12), yaw, OPEN)
+    grasp, yaw = _grasp_pose(env, name)
+    yield Waypoint(grasp, yaw, OPEN, tolerance=0.006)
+    yield Waypoint(grasp, yaw, CLOSED, hold=10, max_steps=10)
+    lifted = above(grasp, 0.25)
+    yield Waypoint(lifted, yaw, CLOSED, tolerance=0.02)
+    place, held = _place(env, target), _corners(env, name)
+    middle = np.array([*(held.max(0) + held.min(0))[:2] / 2, held[:, 2].min()])
+    goal = place + _gripper(env)[0] - middle
+    over = np.array([goal[0], goal[1], max(lifted[2], goal[2] + 0.05)])
+    yield Waypoint(over, yaw, CLOSED, tolerance=0.015)
+    yield Waypoint(above(goal, 0.01), yaw, CLOSED, tolerance=0.01)
+    yield Waypoint(above(goal, 0.01), yaw, OPEN, hold=8, max_steps=8)
+    yield Waypoint(above(goal, 0.2), yaw, OPEN)
+
+
+def build(options: dict[str, Any]) -> LiberoEnv:
+    """Raises ValueError for an unknown task or camera, FileNotFoundError where the assets are missing."""
+    env = LiberoEnv(options)
+    there = mujoco_view.camera_names(env._env.sim.model._model)
+    for camera in options["cameras"]:
+        if camera not in there:
+            raise ValueError(f"libero: there is no camera {camera!r}; there are {', '.join(there)}")
+    return env
