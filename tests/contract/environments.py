@@ -11,7 +11,9 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from tests.contract.gym_env import make_drift
 from tests.contract.scripted_env import ScriptedEnv
+from vla_rl.envs import install
 from vla_rl.envs.gym import GymStepEnv
+from vla_rl.envs.maniskill import ManiSkillConfig
 from vla_rl.envs.ogbench import make_ogbench
 from vla_rl.envs.point_maze import PointMazeEnv
 from vla_rl.envs.remote import HostConfig, RemoteStepEnv
@@ -51,3 +53,7 @@ ENVIRONMENTS: dict[str, Callable[[int], StepEnv]] = {
     "remote": lambda n: RemoteStepEnv(HostConfig(sys.executable, DRIFT_HOST), n, num_workers=2),
 }
 SLOW = {"ogbench"}  # half a second to make one
+if install.is_installed("maniskill"):
+    blind = ManiSkillConfig(task="PushCube-v1", cameras=(), max_episode_steps=13)
+    ENVIRONMENTS["maniskill"] = lambda n: blind.make(n, split="train").step_env
+    SLOW.add("maniskill")
