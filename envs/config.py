@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from vla_rl.envs.libero import LiberoConfig
+from vla_rl.envs.maniskill import ManiSkillConfig
+from vla_rl.envs.metaworld import MetaworldConfig
 from vla_rl.envs.point_maze import make_point_maze
+from vla_rl.envs.robosuite import RobosuiteConfig
 from vla_rl.envs.tabletop import make_tabletop
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.sim.scene import SceneConfig
@@ -134,4 +138,4 @@ class PointMazeConfig:
         )
 
 
-AnyEnvConfig = EnvConfig | PointMazeConfig
+AnyEnvConfig = EnvConfig | PointMazeConfig | ManiSkillConfig | RobosuiteConfig | LiberoConfig | MetaworldConfig
