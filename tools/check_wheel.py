@@ -36,11 +36,11 @@ def build_wheel(root: Path, work: Path) -> Path:
 
 
 def modules_of(wheel: Path) -> list[str]:
-    """Dotted names of the modules in a wheel, without `__main__` ones."""
+    """Dotted names of the modules in a wheel, without `__main__` ones and those that a simulator's own Python runs."""
     with zipfile.ZipFile(wheel) as archive:
         files = [Path(name) for name in archive.namelist() if name.endswith(".py")]
     names = [".".join(file.parent.parts if file.stem == "__init__" else file.with_suffix("").parts) for file in files]
-    return sorted(name for name in names if not name.endswith("__main__"))
+    return sorted(name for name in names if not name.endswith(("__main__", "_host")))
 
 
 def install_apart(wheel: Path, work: Path) -> Path:
