@@ -2,6 +2,7 @@
 
 Ours ends with the joined batch on the driver, weights published for every window; a bare process collects and throws
 away. All have 64 environments a process. With 4 workers on two cores nothing can become faster: it shows what is lost.
+`cpu_ms` in the details is processor time a transition, Ray's own processes included; a busy machine changes it little.
 
     make bench NAME=ray_scaling ARGS="--save"
 """
@@ -56,17 +57,44 @@ class RaySide:
             config=config,
         )
 
-    def rate(self, seconds: float) -> float:
-        """Transitions a second. What was under way before is delivered before the clock starts, and nothing is left
-        under way when another side has its turn."""
+        self.run(0.0)
+
+    def run(self, seconds: float) -> tuple[float, int]:
+        """Transitions a second, and how many were collected at all. What was under way before is delivered before the
+        clock starts, and nothing is left under way when another side has its turn."""
         collector, decisions = self._collector, 0
-        collector.collect(NUM_DECISIONS)
+        first = collector.collect(NUM_DECISIONS).valid.numel()
         begin = time.perf_counter()
         while (elapsed := time.perf_counter() - begin) < seconds:
             collector.policy_version += 1
             decisions += collector.collect(NUM_DECISIONS).valid.numel()
         collector.state_dict()
-        return decisions / elapsed
+        return decisions / elapsed, first + decisions
+
+
+def run_bare(group: PeerGroup, seconds: float) -> tuple[float, int]:
+    """Transitions a second of all processes of the group, and how many they collected."""
+    answers = group.measure(seconds)
+    return sum(a["steps"] / a["seconds"] for a in answers), int(sum(a["steps"] for a in answers))
+
+
+def cpu_seconds() -> float:
+    """Processor time so far of this process and of all that descend from it."""
+    parents, ticks = {}, {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has just ended
+        pid = int(file.parent.name)
+        parents[pid], ticks[pid] = int(fields[1]), int(fields[11]) + int(fields[12])
+
+    def is_ours(pid: int) -> bool:
+        while pid in parents and pid != os.getpid():
+            pid = parents[pid]
+        return pid == os.getpid()
+
+    return sum(t for pid, t in ticks.items() if is_ours(pid)) / os.sysconf("SC_CLK_TCK")
 
 
 def main(config: RayScalingConfig) -> None:
@@ -81,13 +109,21 @@ def main(config: RayScalingConfig) -> None:
         "bare_all_cores": PeerGroup(Path(sys.executable), "bare_collector.py", "each", environment),
     }
     try:
-        sides: dict[str, Callable[[], float]] = {
-            name: lambda group=group: group.rate(config.seconds) for name, group in groups.items()
+        runs: dict[str, Callable[[], tuple[float, int]]] = {
+            name: lambda group=group: run_bare(group, config.seconds) for name, group in groups.items()
         }
         for n in config.workers:
             side = RaySide(n, config.max_staleness)
-            sides[f"ray_{n}"] = lambda side=side: side.rate(config.seconds)
-        values = in_turns(sides, config.repeats)
+            runs[f"ray_{n}"] = lambda side=side: side.run(config.seconds)
+        cpu_ms: dict[str, list[float]] = {name: [] for name in runs}
+
+        def rate(name: str) -> float:
+            before = cpu_seconds()
+            per_second, transitions = runs[name]()
+            cpu_ms[name].append(1000 * (cpu_seconds() - before) / transitions)
+            return per_second
+
+        values = in_turns({name: lambda name=name: rate(name) for name in runs}, config.repeats)
     finally:
         for group in groups.values():
             group.close()
@@ -95,7 +131,7 @@ def main(config: RayScalingConfig) -> None:
     cores = len(os.sched_getaffinity(0))
     ours = f"ray_{cores}" if f"ray_{cores}" in values else f"ray_{config.workers[-1]}"
     ratios = {f"{name}/{peer}": round(median_ratio(values[name], values[peer]), 3)
-              for name in sides if name.startswith("ray") for peer in groups}  # fmt: skip
+              for name in values if name.startswith("ray") for peer in groups}  # fmt: skip
     BenchmarkResult(
         name="ray_scaling",
         ours=round(median(values[ours]), 1),
@@ -105,6 +141,8 @@ def main(config: RayScalingConfig) -> None:
         details={
             "rates": summary(values),
             "ratios": ratios,
+            "cpu_ms": summary(cpu_ms),
+            "cpu_ratio": round(median_ratio(cpu_ms["bare_all_cores"], cpu_ms[ours]), 3),
             "repeats": config.repeats,
             "seconds": config.seconds,
             "max_staleness": config.max_staleness,
