@@ -57,7 +57,7 @@ def _import_libero(assets: str | None) -> Path:
         (folder / "config.yaml").write_text("\n".join(lines) + "\n")
     if not hasattr(collections, "Iterable"):  # LIBERO's samplers use a name that Python 3.10 moved
         collections.Iterable = collections.abc.Iterable  # pyright: ignore[reportAttributeAccessIssue]
-    package = importlib.import_module("libero.libero")
+    package: Any = importlib.import_module("libero.libero")
     if assets is not None:
         if not (Path(assets) / "scenes").is_dir():
             raise FileNotFoundError(f"LIBERO's assets are not in {assets}: there is no folder 'scenes'")

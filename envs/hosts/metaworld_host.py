@@ -10,9 +10,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import metaworld
 import numpy as np
-from metaworld.policies import ENV_POLICY_MAP
+
+metaworld: Any = importlib.import_module("metaworld")
+policies: Any = importlib.import_module("metaworld.policies")
 
 
 def _sibling(name: str) -> Any:
@@ -46,7 +47,7 @@ class MetaworldEnv:
         env._set_task_called = True
         env.max_path_length = options["max_episode_steps"] + 1  # else it raises at its own 500th step
         self._env = env
-        self._expert = ENV_POLICY_MAP[self._task]()
+        self._expert = policies.ENV_POLICY_MAP[self._task]()
         self._view = mujoco_view.View(fast=options["fast_pictures"], hide=())
         self._obs = np.zeros(39)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
-import mujoco
 import numpy as np
+
+mujoco: Any = importlib.import_module("mujoco")
 
 
 class View:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import robosuite
+
+robosuite: Any = importlib.import_module("robosuite")
 
 
 def _sibling(name: str) -> Any:
@@ -201,13 +202,18 @@ def _stack(env: Any) -> Iterator[Any]:
     yield Waypoint(above(goal, 0.15), yaw, OPEN)
 
 
+def _handle(env: Any) -> tuple[np.ndarray, float]:
+    """Position of the square nut's handle and the yaw that closes across it."""
+    yaw = waypoints.half_turn_yaw(_body(env, env.obj_body_id["SquareNut"])[1])
+    return np.array(env.sim.data.get_site_xpos("SquareNut_handle_site")), yaw
+
+
 def _square(env: Any) -> Iterator[Any]:
     """The nut's handle points along its x axis, and the fingers close across it."""
     nut = env.obj_body_id["SquareNut"]
-    for _ in range(2):  # it falls onto the table in the first steps
-        handle = np.array(env.sim.data.get_site_xpos("SquareNut_handle_site"))
-        yaw = waypoints.half_turn_yaw(_body(env, nut)[1])
-        yield Waypoint(above(handle, 0.1), yaw, OPEN)
+    handle, yaw = _handle(env)
+    yield Waypoint(above(handle, 0.1), yaw, OPEN)
+    handle, yaw = _handle(env)  # it fell onto the table meanwhile
     yield from _grasp(handle, yaw, 0.2)
     peg, _ = _body(env, env.peg1_body_id)
     _, held_yaw = _body(env, nut)

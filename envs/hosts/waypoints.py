@@ -6,11 +6,13 @@ objects as they are by then. numpy and mujoco only.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import mujoco
 import numpy as np
+
+mujoco: Any = importlib.import_module("mujoco")
 
 OPEN, CLOSED = -1.0, 1.0
 _GAIN = 1.5
