@@ -14,8 +14,9 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
+from vla_rl.configs import get_recipe
 from vla_rl.envs.two_way_reach import make_two_way_reach
-from vla_rl.onpolicy import ActorConfig, CriticConfig, PPOConfig, actor
+from vla_rl.onpolicy import ActorConfig, CriticConfig, GRPOConfig, PPOConfig, actor
 from vla_rl.policies.build import build_policy
 from vla_rl.policies.flow_mlp import FlowMLPConfig
 from vla_rl.rollout.ray_config import RolloutConfig
@@ -23,6 +24,7 @@ from vla_rl.train.checkpoint import CheckpointError
 from vla_rl.train.distributed import join_learners, learner, leave_learners, merge_metrics
 from vla_rl.train.loop import STATE_FILE, TrainConfig, run_training
 from vla_rl.train.metrics import read_metrics
+from vla_rl.train.stages import check_recipe
 
 ROOT = Path(__file__).parents[2]
 CONFIG = TrainConfig(
@@ -179,3 +181,26 @@ def test_metrics_of_learners_merge():
     assert merged["update/num_samples"] == 12.0
     assert merged["update/joint_kl"] == pytest.approx(0.4)
     assert merge_metrics(parts[:1]) == parts[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "algorithm", "rollout", "message"),
+    [
+        ("demo", None, RolloutConfig(workers=3, policy_batch_size=80), "do not divide into slices of 80"),
+        ("demo", None, RolloutConfig(policy_batch_size=7), "divisor of the 160 environments"),
+        ("demo", GRPOConfig(), RolloutConfig(workers=2, max_staleness=1), "max_staleness is for PPO"),
+        ("maze_wsrl", None, RolloutConfig(workers=2), "learns from replay"),
+    ],
+)
+def test_rollouts_that_a_recipe_cannot_have(name, algorithm, rollout, message):
+    recipe = replace(get_recipe(name), rollout=rollout)
+    if algorithm is not None:
+        recipe = replace(recipe, train=replace(recipe.train, algorithm=algorithm))
+    with pytest.raises(ValueError, match=message):
+        check_recipe(recipe)
+
+
+def test_workers_need_a_function_that_builds_environments(tmp_path):
+    policy = build_policy(FlowMLPConfig(width=16, num_layers=2), make_two_way_reach(1).spec, seed=0)
+    with pytest.raises(ValueError, match="give a function that does"):
+        run_training(policy, make_two_way_reach(8), CONFIG, tmp_path, rollout=RolloutConfig(workers=1))
