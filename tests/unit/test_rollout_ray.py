@@ -5,6 +5,7 @@ import dataclasses
 import os
 import signal
 import threading
+import time
 
 import pytest
 import ray
@@ -225,6 +226,8 @@ def test_weights_cross_as_bytes_and_only_what_learns():
     [
         (lambda: RolloutConfig(workers=-1), "must be at least 0"),
         (lambda: RolloutConfig(max_staleness=1), "no effect without workers"),
+        (lambda: RolloutConfig(timeout_s=60.0), "no effect without workers"),
+        (lambda: RolloutConfig(workers=1, timeout_s=0.0), "timeout_s is 0.0, expected seconds"),
         (lambda: RolloutConfig(workers=3, policy_batch_size=4).slices(8), "do not divide"),
         (lambda: RolloutConfig(workers=3, policy_batch_size=4).slices(13), "do not divide"),
         (lambda: start_ray(RolloutConfig(workers=2, worker_resource="arm")), "need 2 arm, there are 0"),
@@ -263,6 +266,43 @@ def test_a_state_that_kills_its_simulator_costs_its_episodes():
     assert collector.collect(1).valid.all()
     assert collector.metrics()["rollout/worker_restarts"] == 2.0  # tried again once, then new episodes
     assert collector.metrics()["rollout/worker_lost_episodes"] == 1.0
+    collector.close()
+
+
+class SleepyReach(TwoWayReachEnv):
+    """Hangs for good at its second step, the first time that any process gets there."""
+
+    def __init__(self, num_envs, mark):
+        super().__init__(num_envs)
+        self.mark = mark
+
+    def step(self, actions, active):
+        if int(self._steps.max()) == 1 and not self.mark.exists():
+            self.mark.touch()
+            time.sleep(10**6)
+        return super().step(actions, active)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_worker_that_hangs_is_started_again(tmp_path, stopped):
+    """In its simulator, or as a process that gets no time at all."""
+    mark, config = tmp_path / "slept", RolloutConfig(workers=1, cpus_per_worker=0.5, timeout_s=1.0)
+    if stopped:
+        mark.touch()
+    collector = RayRolloutCollector(
+        lambda n: ChunkedEnv(SleepyReach(n, mark)), make_sampler(), num_envs=NUM_ENVS, config=config, **OPTIONS
+    )
+    one = in_process(make_sampler(), size=None)
+    pid = collector.worker_pids()[0]
+    if stopped:
+        os.kill(pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    assert_same(one.collect(3), collector.collect(3))
+    assert 1.0 <= time.monotonic() - begin < 30.0
+    assert mark.exists()
+    assert collector.worker_pids() != [pid]
+    assert collector.metrics()["rollout/worker_restarts"] == 1.0
+    assert collector.metrics()["rollout/worker_lost_episodes"] == 0.0
     collector.close()
 
 

@@ -8,7 +8,7 @@ than max(1, s) windows, in one part a worker, and the weights of those and of th
 The driver keeps each worker's state after its last delivered window. A worker that dies is started again, on whichever
 machine has room, from that state, and collects what it had not delivered once more: with noise addressed by decision,
 the very same decisions. Only where it dies there again (a state that kills its simulator) it begins new episodes, and
-the lost ones are counted.
+the lost ones are counted. A worker that hangs is killed after `timeout_s`, and then it is one that died.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import ObjectLostError, RayActorError, WorkerCrashedError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, WorkerCrashedError
 
 from vla_rl.cpu import available_cores
 from vla_rl.envs.vector import episode_seed
@@ -97,6 +97,7 @@ class RayRolloutCollector:
         self._actor_class = ray.remote(RolloutWorker)
         self._make_env, self._policy = ray.put(make_env), ray.put(_on_cpu(sampler))
         self._workers = [self._spawn(i) for i in range(config.workers)]
+        self._started = [worker.pid.remote() for worker in self._workers]
         try:
             self.spec = ray.get([worker.spec.remote() for worker in self._workers])[0]
         except RayActorError as error:
@@ -208,9 +209,13 @@ class RayRolloutCollector:
         return window.batch
 
     def _receive_part(self, i: int, window: _Window) -> RolloutBatch:
+        limit = self.config.timeout_s
         while True:
             try:
-                part, self._states[i] = ray.get(window.parts[i])
+                ray.get(self._started[i])  # room for it may take long to come: not limited
+                part, self._states[i] = ray.get(window.parts[i], timeout=limit)
+            except GetTimeoutError:
+                self._start_again(i, TimeoutError(f"no rollout in {limit:g} s (rollout.timeout_s)"))
             except _DIED as error:
                 self._start_again(i, error)
             else:
@@ -239,6 +244,7 @@ class RayRolloutCollector:
         if self._deaths[i] > 1:
             options, self._must_restore[i] = self._with_new_episodes(i), False
         self._workers[i] = self._spawn(i, options)
+        self._started[i] = self._workers[i].pid.remote()
         for window in self._windows:
             if window.batch is None:
                 window.parts[i] = self._submit(i, window)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-MAY_CHANGE = ("ray_address", "cpus_per_worker", "gpus_per_worker", "worker_resource")  # across a resume
+MAY_CHANGE = ("ray_address", "cpus_per_worker", "gpus_per_worker", "worker_resource", "timeout_s")  # across a resume
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,9 @@ class RolloutConfig:
     `policy_batch_size`: see `RolloutCollector`; with it the transitions are the same bit for bit whatever `workers` is,
     without it to rounding. `max_staleness`: how many updates the policy that collects may be behind the one that
     learns. With 0 collection and update take turns; with more, so many rollouts are collected during the update (PPO).
+
+    `timeout_s`: seconds, from when the learner waits for a worker's part of a rollout, after which the worker is taken
+    to hang: it is killed and started again. Its start is not counted.
     """
 
     workers: int = 0
@@ -27,16 +30,19 @@ class RolloutConfig:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     worker_resource: str | None = None
+    timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
         if self.workers < 0 or self.max_staleness < 0:
             raise ValueError(f"rollout.workers and rollout.max_staleness must be at least 0, got {self}")
         if self.cpus_per_worker < 0 or self.gpus_per_worker < 0:
             raise ValueError(f"rollout.cpus_per_worker and rollout.gpus_per_worker must be at least 0, got {self}")
+        if self.timeout_s <= 0:
+            raise ValueError(f"rollout.timeout_s is {self.timeout_s}, expected seconds, more than 0")
         default = RolloutConfig.__dataclass_fields__
         useless = [
             name
-            for name in ("ray_address", "max_staleness", "cpus_per_worker", "gpus_per_worker", "worker_resource")
+            for name in ("max_staleness", *MAY_CHANGE)
             if self.workers == 0 and getattr(self, name) != default[name].default
         ]
         if useless:
