@@ -109,6 +109,7 @@ def recipe_with(**changes):
         ({"train__step_weighting": DenoisingDiscount(num_steps=40)}, "num_steps is 40, the sampler has 4"),
         ({"train__sampler": FPOConfig()}, "reference_kl_coef has no effect with FPOSampler"),
         ({"policy__cameras": ("wrist",)}, r"cameras are \('wrist',\)"),
+        ({"evaluation__tasks": ("nonsense",)}, "nonsense"),
     ],
 )
 def test_parts_of_a_recipe_that_do_not_fit(changes, message):
@@ -126,7 +127,6 @@ def test_parts_of_a_recipe_that_do_not_fit(changes, message):
         lambda: CriticConfig(minibatch_size=0),
         lambda: TrainConfig(eval_interval=-5),
         lambda: EvalConfig(num_envs=0),
-        lambda: EvalConfig(tasks=("nonsense",)),
         lambda: DemosConfig(num_envs=0),
     ],
 )
