@@ -1,7 +1,7 @@
 """A host module without a simulator: a point on a line that goes where its actions and its seed send it.
 
-`options`: `camera` (pixels, 0 for none), `die_at` (the process kills itself in step `die_at` of an episode whose seed is
-in `die_seeds`, once for each file name in `die_once`), `hang_at` likewise, `fail` in build.
+`options`: `camera` (pixels, 0 for none), `max_episode_steps`, `fail` (in `build`). In step `at` of an episode whose
+seed is in `bad_seeds` the process kills itself, or hangs with `hang`; with `marker`, a file, only the first time.
 """
 
 from __future__ import annotations

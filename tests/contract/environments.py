@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
@@ -13,10 +15,13 @@ from tests.contract.gym_env import make_drift
 from tests.contract.scripted_env import ScriptedEnv
 from vla_rl.envs import install
 from vla_rl.envs.gym import GymStepEnv
+from vla_rl.envs.libero import LiberoConfig
 from vla_rl.envs.maniskill import ManiSkillConfig
+from vla_rl.envs.metaworld import MetaworldConfig
 from vla_rl.envs.ogbench import make_ogbench
 from vla_rl.envs.point_maze import PointMazeEnv
 from vla_rl.envs.remote import HostConfig, RemoteStepEnv
+from vla_rl.envs.robosuite import RobosuiteConfig
 from vla_rl.envs.tabletop import TabletopConfig, TabletopEnv
 from vla_rl.envs.two_way_reach import TwoWayReachEnv
 from vla_rl.protocols import StepEnv
@@ -53,7 +58,20 @@ ENVIRONMENTS: dict[str, Callable[[int], StepEnv]] = {
     "remote": lambda n: RemoteStepEnv(HostConfig(sys.executable, DRIFT_HOST), n, num_workers=2),
 }
 SLOW = {"ogbench"}  # half a second to make one
-if install.is_installed("maniskill"):
-    blind = ManiSkillConfig(task="PushCube-v1", cameras=(), max_episode_steps=13)
-    ENVIRONMENTS["maniskill"] = lambda n: blind.make(n, split="train").step_env
-    SLOW.add("maniskill")
+
+
+def _simulators() -> dict[str, Any]:
+    """Of those that have an environment of their own, what is installed; LIBERO wants its scene assets too."""
+    configs: dict[str, Any] = {
+        "robosuite": RobosuiteConfig("Lift", cameras=(), max_episode_steps=13),
+        "libero": LiberoConfig("libero_object/0", cameras=(), max_episode_steps=13, settle_steps=2),
+        "metaworld": MetaworldConfig("reach-v3", cameras=(), max_episode_steps=13),
+        "maniskill": ManiSkillConfig("PushCube-v1", cameras=(), max_episode_steps=13),
+    }
+    if "VLA_RL_LIBERO_ASSETS" not in os.environ:
+        del configs["libero"]
+    return {name: config for name, config in configs.items() if install.is_installed(name)}
+
+
+for _name, _config in _simulators().items():
+    ENVIRONMENTS[_name] = lambda n, config=_config: config.make(n, split="train").step_env
