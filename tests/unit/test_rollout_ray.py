@@ -85,7 +85,8 @@ def assert_same(a: RolloutBatch, b: RolloutBatch):
 def many():
     collector = with_workers(make_sampler())
     yield collector
-    collector.close()
+    if ray.is_initialized():  # the last test has a cluster of its own
+        collector.close()
 
 
 def slices_from(states, sampler):
@@ -227,6 +228,10 @@ def test_weights_cross_as_bytes_and_only_what_learns():
         (lambda: RolloutConfig(workers=-1), "must be at least 0"),
         (lambda: RolloutConfig(max_staleness=1), "no effect without workers"),
         (lambda: RolloutConfig(timeout_s=60.0), "no effect without workers"),
+        (lambda: RolloutConfig(inference="shared"), "no effect without workers"),
+        (lambda: RolloutConfig(workers=1, inference="both"), 'expected "worker" or "shared"'),
+        (lambda: RolloutConfig(workers=1, gpus_for_inference=1.0), 'only with rollout.inference "shared"'),
+        (lambda: start_ray(RolloutConfig(workers=2, inference="shared")), "need 3 CPU, there are 2"),
         (lambda: RolloutConfig(workers=1, timeout_s=0.0), "timeout_s is 0.0, expected seconds"),
         (lambda: RolloutConfig(workers=3, policy_batch_size=4).slices(8), "do not divide"),
         (lambda: RolloutConfig(workers=3, policy_batch_size=4).slices(13), "do not divide"),

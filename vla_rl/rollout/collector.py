@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from vla_rl.core import ChunkStep, EnvSpec, Observation
-from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.flow.noise import RowNoise
 from vla_rl.flow.sampler import ChunkSampler
 from vla_rl.protocols import PolicyInputs, Prefix
@@ -101,6 +100,26 @@ class RolloutBatch:
         return torch.where(self.terminated, torch.zeros_like(following), following)
 
 
+class CollectorEnv(Protocol):
+    """The part of `ChunkedEnv` that a collector needs: one in this process, or `RaySimulators` in others."""
+
+    auto_reset: bool
+    spec: EnvSpec
+    num_envs: int
+
+    def reset(self, seeds: Sequence[int]) -> Observation: ...
+
+    def step(self, actions: Tensor) -> ChunkStep: ...
+
+    def observe(self) -> Observation: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Collector(Protocol):
     """Who gathers decisions for a learner: `RolloutCollector` in this process, `RayRolloutCollector` in others.
 
@@ -160,7 +179,7 @@ class RolloutCollector:
 
     def __init__(
         self,
-        env: ChunkedEnv,
+        env: CollectorEnv,
         sampler: ChunkSampler,
         *,
         execution_horizon: int,
@@ -407,4 +426,4 @@ def check_policy_batch_size(policy_batch_size: int | None, num_envs: int) -> Non
         )
 
 
-__all__ = ["Collector", "EpisodeStats", "RolloutBatch", "RolloutCollector"]
+__all__ = ["Collector", "CollectorEnv", "EpisodeStats", "RolloutBatch", "RolloutCollector"]

@@ -25,7 +25,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, WorkerCrashedError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from vla_rl.cpu import available_cores
 from vla_rl.envs.vector import episode_seed
@@ -33,10 +33,8 @@ from vla_rl.flow.sampler import ChunkSampler
 from vla_rl.rollout.collector import RolloutBatch, make_env_seeds
 from vla_rl.rollout.ray_batches import from_plain, join_envs, map_tensors, to_plain
 from vla_rl.rollout.ray_config import RolloutConfig
-from vla_rl.rollout.ray_worker import MakeEnv, Request, RolloutWorker, WorkerOptions, weights_of
-
-MAX_DEATHS = 4  # of a worker in one window
-_DIED = (RayActorError, ObjectLostError, WorkerCrashedError)
+from vla_rl.rollout.ray_simulators import DIED, MAX_DEATHS, MakeEnv
+from vla_rl.rollout.ray_worker import Request, RolloutWorker, WorkerOptions, weights_of
 
 
 @dataclass
@@ -71,7 +69,7 @@ class RayRolloutCollector:
     ) -> None:
         self.num_envs, self.config, self.policy_version = num_envs, config, 0
         self._sampler, self._device = sampler, device
-        self._slices = config.slices(num_envs)
+        self._slices = [range(num_envs)] if config.is_shared else config.slices(num_envs)
         self._env_seeds = list(env_seeds) if env_seeds is not None else make_env_seeds(seed, num_envs, first_env)
         self._options = [
             WorkerOptions(
@@ -81,14 +79,15 @@ class RayRolloutCollector:
                 seed=seed,
                 env_seeds=self._env_seeds[s.start : s.stop],
                 policy_batch_size=config.policy_batch_size,
-                num_threads=max(1, int(config.cpus_per_worker)),
-                on_gpu=config.gpus_per_worker > 0,
+                num_threads=max(1, int(config.cpus_for_inference if config.is_shared else config.cpus_per_worker)),
+                on_gpu=(config.gpus_for_inference if config.is_shared else config.gpus_per_worker) > 0,
+                simulators=config if config.is_shared else None,
             )
             for s in self._slices
         ]
-        self._states: list[dict[str, Any] | None] = [None] * config.workers
-        self._must_restore = [False] * config.workers
-        self._deaths = [0] * config.workers
+        self._states: list[dict[str, Any] | None] = [None] * len(self._slices)
+        self._must_restore = [False] * len(self._slices)
+        self._deaths = [0] * len(self._slices)
         self._windows: deque[_Window] = deque()
         self._published: tuple[int, Any] | None = None
         self._num_restarts = self._num_lost_episodes = self._num_fresh_starts = 0
@@ -96,7 +95,7 @@ class RayRolloutCollector:
         self._owns_ray = start_ray(config)
         self._actor_class = ray.remote(RolloutWorker)
         self._make_env, self._policy = ray.put(make_env), ray.put(_on_cpu(sampler))
-        self._workers = [self._spawn(i) for i in range(config.workers)]
+        self._workers = [self._spawn(i) for i in range(len(self._slices))]
         self._started = [worker.pid.remote() for worker in self._workers]
         try:
             self.spec = ray.get([worker.spec.remote() for worker in self._workers])[0]
@@ -213,22 +212,24 @@ class RayRolloutCollector:
         while True:
             try:
                 ray.get(self._started[i])  # room for it may take long to come: not limited
-                part, self._states[i] = ray.get(window.parts[i], timeout=limit)
+                part, self._states[i], restarts = ray.get(window.parts[i], timeout=limit)
             except GetTimeoutError:
                 self._start_again(i, TimeoutError(f"no rollout in {limit:g} s (rollout.timeout_s)"))
-            except _DIED as error:
+            except DIED as error:
                 self._start_again(i, error)
             else:
                 self._deaths[i] = 0
+                self._num_restarts += restarts
                 return part
 
     # -------------------------------------------------------------------------------------------------------- workers
     def _spawn(self, i: int, options: WorkerOptions | None = None) -> Any:
         config = self.config
+        shared, resource = config.is_shared, config.worker_resource
         actor = self._actor_class.options(
-            num_cpus=config.cpus_per_worker,
-            num_gpus=config.gpus_per_worker,
-            resources={config.worker_resource: 1.0} if config.worker_resource else None,
+            num_cpus=config.cpus_for_inference if shared else config.cpus_per_worker,
+            num_gpus=config.gpus_for_inference if shared else config.gpus_per_worker,
+            resources={resource: 1.0} if resource and not shared else None,
         )
         return actor.remote(self._make_env, self._policy, options or self._options[i])
 
@@ -276,14 +277,11 @@ def start_ray(config: RolloutConfig) -> bool:
                 ray.init(config.ray_address, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ValueError(f"no Ray cluster at {config.ray_address!r} (rollout.ray_address): {error}") from error
-    needed = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
-    if config.worker_resource:
-        needed[config.worker_resource] = 1.0
     there = ray.cluster_resources()
     short = [
-        f"{config.workers * each:g} {name}, there are {there.get(name, 0.0):g}"
-        for name, each in needed.items()
-        if config.workers * each > there.get(name, 0.0)
+        f"{needed:g} {name}, there are {there.get(name, 0.0):g}"
+        for name, needed in config.needs().items()
+        if needed > there.get(name, 0.0)
     ]
     if short:
         if starts:

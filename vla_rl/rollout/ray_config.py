@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Literal
 
-MAY_CHANGE = ("ray_address", "cpus_per_worker", "gpus_per_worker", "worker_resource", "timeout_s")  # across a resume
+_FOR_INFERENCE = ("cpus_for_inference", "gpus_for_inference")
+MAY_CHANGE = (  # across a resume
+    *("ray_address", "cpus_per_worker", "gpus_per_worker", "worker_resource", "timeout_s"),
+    *_FOR_INFERENCE,
+)
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,9 @@ class RolloutConfig:
     without it to rounding. `max_staleness`: how many updates the policy that collects may be behind the one that
     learns. With 0 collection and update take turns; with more, so many rollouts are collected during the update (PPO).
 
+    `inference`: "worker" runs a copy of the policy in every worker; with "shared" the workers only simulate, and one
+    actor more (`cpus_for_inference`, `gpus_for_inference`) runs the policy on the observations of all of them.
+
     `timeout_s`: seconds, from when the learner waits for a worker's part of a rollout, after which the worker is taken
     to hang: it is killed and started again. Its start is not counted.
     """
@@ -31,29 +39,46 @@ class RolloutConfig:
     gpus_per_worker: float = 0.0
     worker_resource: str | None = None
     timeout_s: float = 600.0
+    inference: Literal["worker", "shared"] = "worker"
+    cpus_for_inference: float = 1.0
+    gpus_for_inference: float = 0.0
 
     def __post_init__(self) -> None:
         if self.workers < 0 or self.max_staleness < 0:
             raise ValueError(f"rollout.workers and rollout.max_staleness must be at least 0, got {self}")
-        if self.cpus_per_worker < 0 or self.gpus_per_worker < 0:
-            raise ValueError(f"rollout.cpus_per_worker and rollout.gpus_per_worker must be at least 0, got {self}")
+        for name in ("cpus_per_worker", "gpus_per_worker", *_FOR_INFERENCE):
+            if getattr(self, name) < 0:
+                raise ValueError(f"rollout.{name} is {getattr(self, name)}, expected at least 0")
+        if self.inference not in ("worker", "shared"):
+            raise ValueError(f'rollout.inference is {self.inference!r}, expected "worker" or "shared"')
         if self.timeout_s <= 0:
             raise ValueError(f"rollout.timeout_s is {self.timeout_s}, expected seconds, more than 0")
         default = RolloutConfig.__dataclass_fields__
-        useless = [
-            name
-            for name in ("max_staleness", *MAY_CHANGE)
-            if self.workers == 0 and getattr(self, name) != default[name].default
-        ]
+        changed = [n for n in ("max_staleness", "inference", *MAY_CHANGE) if getattr(self, n) != default[n].default]
+        useless = changed if self.workers == 0 else []
         if useless:
             raise ValueError(
                 f"rollout.{', rollout.'.join(useless)}: no effect without workers; set rollout.workers to 1 or more"
             )
 
+        if self.inference == "worker" and any(name in changed for name in _FOR_INFERENCE):
+            raise ValueError(f'rollout.{", rollout.".join(_FOR_INFERENCE)}: only with rollout.inference "shared"')
+
+    @property
+    def is_shared(self) -> bool:
+        return self.inference == "shared"
+
+    def needs(self) -> dict[str, float]:
+        """Ray resources that the workers take together, and the shared inference."""
+        needed = {"CPU": self.workers * self.cpus_per_worker, "GPU": self.workers * self.gpus_per_worker}
+        if self.is_shared:
+            needed = {"CPU": needed["CPU"] + self.cpus_for_inference, "GPU": needed["GPU"] + self.gpus_for_inference}
+        return needed | ({self.worker_resource: float(self.workers)} if self.worker_resource else {})
+
     def slices(self, num_envs: int) -> list[range]:
-        """The environments of each worker, as even as `policy_batch_size` allows. Raises ValueError where a worker
+        """The environments of each worker, as even as its `policy_batch_size` allows. Raises ValueError where a worker
         would have none."""
-        size = self.policy_batch_size or 1
+        size = 1 if self.is_shared else self.policy_batch_size or 1
         blocks = num_envs // size
         if num_envs % size or blocks < self.workers:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from vla_rl.core import EnvSpec
-from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.flow.sampler import ChunkSampler
 from vla_rl.protocols import trainable_parameters
 from vla_rl.rollout.collector import RolloutBatch, RolloutCollector
 from vla_rl.rollout.ray_batches import map_tensors
+from vla_rl.rollout.ray_config import RolloutConfig
+from vla_rl.rollout.ray_simulators import MakeEnv, RaySimulators
 
-MakeEnv = Callable[[int], ChunkedEnv]
 Weights = list[np.ndarray]
 
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """What a worker's `RolloutCollector` is built with. `on_gpu`: the policy runs on the GPU that Ray gave it."""
+    """What a worker's `RolloutCollector` is built with. `on_gpu`: the policy runs on the GPU that Ray gave it.
+    `simulators`: the environments are in actors of their own, and the policy here is what they share."""
 
     num_envs: int
     first_env: int
@@ -34,6 +35,7 @@ class WorkerOptions:
     policy_batch_size: int | None
     num_threads: int
     on_gpu: bool
+    simulators: RolloutConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,10 @@ class RolloutWorker:
         if head is not None:
             head.to(device)
         self._sampler, self._version = sampler, -1
+        n, simulators = options.num_envs, options.simulators
+        self._simulators = RaySimulators(make_env, n, simulators) if simulators is not None else None
         self._collector = RolloutCollector(
-            make_env(options.num_envs),
+            self._simulators or make_env(n),
             sampler,
             execution_horizon=options.execution_horizon,
             seed=options.seed,
@@ -95,8 +99,10 @@ class RolloutWorker:
 
     def collect(
         self, weights: Weights, version: int, request: Request, restore: Mapping[str, Any] | None
-    ) -> tuple[RolloutBatch, dict[str, Any]]:
-        """A rollout on the CPU, and the state after it. `restore`: a state to begin from."""
+    ) -> tuple[RolloutBatch, dict[str, Any], int]:
+        """A rollout on the CPU, the state after it, and how many simulators were started again meanwhile. `restore`: a
+        state to begin from."""
+        restarts = self._num_restarts()
         if version != self._version:
             load_weights(self._sampler, weights)
             self._version = version
@@ -108,7 +114,11 @@ class RolloutWorker:
             batch = collector.collect(request.num_decisions)
         else:
             batch = collector.collect_episodes(request.seeds)
-        return map_tensors(batch, lambda x: x.cpu()), collector.state_dict()
+        state = collector.state_dict()
+        return map_tensors(batch, lambda x: x.cpu()), state, self._num_restarts() - restarts
+
+    def _num_restarts(self) -> int:
+        return 0 if self._simulators is None else self._simulators.num_restarts
 
 
 __all__ = ["MakeEnv", "Request", "RolloutWorker", "WorkerOptions", "load_weights", "weights_of"]
