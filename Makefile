@@ -37,7 +37,7 @@ demo: setup ## the main job: demonstrations, fine-tuning, reinforcement learning
 demo-control: setup ## the demo's negative control too: the same RL on shuffled advantages, added to runs/demo
 	@$(STAGE) "control: vla-rl run demo --control" $(BIN)/vla-rl run demo --run-dir runs/demo --resume --control $(ARGS)
 
-test: setup-dev check unit wheel smoke ## everything that must hold: check, tests, the wheel, the short main job
+test: setup-dev check sims unit wheel smoke ## everything that must hold: check, tests, the wheel, the short main job
 
 check: setup-dev lint format types ## lint, format and types; changes nothing
 
@@ -61,12 +61,15 @@ setup-dev: ## make .venv with the test tools too (done by make test)
 
 sims: setup ## install the simulators that have environments of their own; make sims NAME=robosuite for one of them
 	@$(STAGE) "simulators" $(BIN)/vla-rl env install $(or $(NAME),robosuite libero metaworld maniskill)
+	@$(if $(filter maniskill,$(or $(NAME),maniskill)),$(STAGE) "a Vulkan driver for ManiSkill" tools/fetch_vulkan.sh \
+	    || echo "without one ManiSkill does not run; its tests are skipped")
 
 vulkan: ## put a Vulkan driver that ManiSkill takes into runs/vulkan (Debian; no root)
 	@tools/fetch_vulkan.sh
 
 # The stages of `make check` and `make test`.
 lint format types unit wheel smoke: setup-dev
+unit: sims
 
 lint:
 	@$(STAGE) "lint: ruff check" $(BIN)/ruff check --quiet .
