@@ -59,7 +59,7 @@ setup: ## make .venv with what the main job needs (done by make demo)
 setup-dev: ## make .venv with the test tools too (done by make test)
 	@tools/setup.sh dev
 
-sims: setup ## install the simulators that have environments of their own; make sims NAME=robosuite for one of them
+sims: setup ## install the simulators that have environments of their own (NAME=robosuite: that one)
 	@$(STAGE) "simulators" $(BIN)/vla-rl env install $(or $(NAME),robosuite libero metaworld maniskill)
 	@$(if $(filter maniskill,$(or $(NAME),maniskill)),$(STAGE) "a Vulkan driver for ManiSkill" tools/fetch_vulkan.sh \
 	    || echo "without one ManiSkill does not run; its tests are skipped")

@@ -284,7 +284,7 @@ def _own_environment(name: str) -> Check:
     if is_installed(name):
         where = str(environments_folder() / name)
         if name == "libero" and not os.environ.get("VLA_RL_LIBERO_ASSETS"):
-            how = "it fetches its scene assets from a model hub at first use; or set VLA_RL_LIBERO_ASSETS to their folder"
+            how = "scene assets come from a model hub at first use; or set VLA_RL_LIBERO_ASSETS to their folder"
             return Check("simulators", name, "warning", f"{where}, no VLA_RL_LIBERO_ASSETS", how)
         return Check("simulators", name, "ok", where)
     return Check("simulators", name, "missing", "no environment of its own", f"vla-rl env install {name}")

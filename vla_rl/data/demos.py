@@ -86,7 +86,7 @@ class _DemoCollector:
     ) -> None:
         self.env, self.expert, self.writer = env, expert, writer
         self.num_episodes, self.seeds, self.keep, self.on_reset = num_episodes, seeds, keep, on_reset
-        self.next_start = self.next_write = _resume_position(writer, seeds, keep)
+        self.next_start = self.next_write = _resume_position(writer, seeds)
         self.running: dict[int, _Recording] = {}
         self.finished: dict[int, _Recording] = {}  # by position, until all before them are written
         self.num_attempts = self.num_successes = 0
@@ -179,7 +179,7 @@ class _DemoCollector:
             )
 
 
-def _resume_position(writer: LeRobotWriter, seeds: Sequence[int], keep: Keep) -> int:
+def _resume_position(writer: LeRobotWriter, seeds: Sequence[int]) -> int:
     """Place in `seeds` after the last episode of the dataset. Raises DatasetError where it has other seeds."""
     position = 0
     for episode, extra in enumerate(writer.extras):
