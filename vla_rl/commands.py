@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from vla_rl.evaluation.result import EvalResult
 from vla_rl.train.distributed import join_learners, learner, leave_learners, wait_for_all
 from vla_rl.train.offpolicy import OffPolicyConfig
 from vla_rl.train.pipeline import run_pipeline, write_run_report
+from vla_rl.train.ray_learners import LearnersConfig, run_learners
 from vla_rl.train.recipe import Recipe
 from vla_rl.train.run_folder import CONFIG_FILE, open_run_folder, read_config
 from vla_rl.train.stages import check_recipe, evaluate_stage, fine_tune, record_demos, reinforce
@@ -136,22 +138,32 @@ def sft_command(argv: list[str]) -> int:
 @dataclass(frozen=True)
 class TrainOptions:
     """from: folder of the policy to improve; recipes with an agent of its own have none. run_dir: folder of the run.
-    dataset: demonstrations, for learning from replay and for bc_coef > 0. resume: go on with an interrupted run."""
+    dataset: demonstrations, for learning from replay and for bc_coef > 0. learners: several processes that share the
+    run, started through Ray. resume: go on with an interrupted run."""
 
     recipe: RecipeFields
     policy_dir: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     run_dir: Path = _UNSET
     dataset: Path | None = None
+    learners: LearnersConfig = field(default_factory=LearnersConfig)
     resume: bool = False
     seed: int | None = None
 
 
 def train_command(argv: list[str]) -> int:
-    """Improve a policy by reinforcement learning; with several learners where `torchrun` starts this."""
+    """Improve a policy by reinforcement learning; with several learners through Ray, or started by `torchrun`."""
     o = _parse_with_recipe(TrainOptions, argv, "train")
     check_recipe(o.recipe)
-    if join_learners() and isinstance(o.recipe.train, OffPolicyConfig):
-        raise UsageError("train: several learners are for on-policy recipes; start this one without torchrun")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if max(size, o.learners.num) > 1 and isinstance(o.recipe.train, OffPolicyConfig):
+        raise UsageError("train: several learners are for on-policy recipes; start this one with one learner")
+    if o.learners.num > 1 and size == 1:
+        return run_learners(["train", *argv], o.learners)
+    if o.learners.num not in (1, size):
+        raise UsageError(
+            f"train: learners.num is {o.learners.num} and torchrun has started {size}; leave one of them out"
+        )
+    join_learners()
     inputs = {"from": o.policy_dir, "dataset": o.dataset}
     wait_for_all(lambda: open_run_folder(o.run_dir, o.recipe, resume=o.resume, kind="train", inputs=inputs))
     result = reinforce(o.recipe, o.policy_dir, o.run_dir, resume=o.resume, dataset_path=o.dataset)

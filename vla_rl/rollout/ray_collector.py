@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
-import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -27,13 +25,13 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from vla_rl.cpu import available_cores
 from vla_rl.envs.vector import episode_seed
 from vla_rl.flow.sampler import ChunkSampler
 from vla_rl.rollout.collector import RolloutBatch, make_env_seeds
 from vla_rl.rollout.ray_batches import from_plain, join_envs, map_tensors, to_plain
 from vla_rl.rollout.ray_config import RolloutConfig
 from vla_rl.rollout.ray_simulators import DIED, MAX_DEATHS, MakeEnv
+from vla_rl.rollout.ray_start import connect
 from vla_rl.rollout.ray_worker import Request, RolloutWorker, WorkerOptions, weights_of
 
 
@@ -263,34 +261,14 @@ class RayRolloutCollector:
 
 
 def start_ray(config: RolloutConfig) -> bool:
-    """Start Ray or connect to the cluster of `config`, unless this process has; True where that was done here.
-
-    Raises ValueError where the cluster cannot be reached or has no room for the workers.
-    """
-    starts = not ray.is_initialized()
-    if starts:
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; the other one warns
-        try:
-            if config.ray_address is None:
-                ray.init("local", num_cpus=available_cores(), include_dashboard=False, logging_level=logging.ERROR)
-            else:
-                ray.init(config.ray_address, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ValueError(f"no Ray cluster at {config.ray_address!r} (rollout.ray_address): {error}") from error
-    there = ray.cluster_resources()
-    short = [
-        f"{needed:g} {name}, there are {there.get(name, 0.0):g}"
-        for name, needed in config.needs().items()
-        if needed > there.get(name, 0.0)
-    ]
-    if short:
-        if starts:
-            ray.shutdown()
-        raise ValueError(
-            f"{config.workers} rollout workers need {'; and '.join(short)}. Lower rollout.workers, or what each takes "
-            "(rollout.cpus_per_worker, rollout.gpus_per_worker), or add machines to the cluster"
-        )
-    return starts
+    """See `connect`: for the workers of `config`, and the inference that they share."""
+    return connect(
+        config.ray_address,
+        config.needs(),
+        who=f"{config.workers} rollout workers",
+        option="rollout.ray_address",
+        advice="Lower rollout.workers, or what each takes (rollout.cpus_per_worker, rollout.gpus_per_worker)",
+    )
 
 
 def _on_cpu(sampler: ChunkSampler) -> ChunkSampler:
