@@ -9,30 +9,21 @@ episodes for all. Required: EXPO ends ahead of the fine-tuned policy and of the 
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from tests.experiments.runner import Experiment, Method, main
+from tests.experiments.runner import Experiment, Method, main_of_task, start_of
 from vla_rl.configs import get_recipe
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.offpolicy.expo import ExpoConfig
 from vla_rl.train.offpolicy import OffPolicyConfig
 from vla_rl.train.recipe import Recipe
-from vla_rl.train.stages import fine_tune, record_demos
 
 
 def _experiment(task: str, recipe: Recipe) -> Experiment:
     train = recipe.train
     assert isinstance(train, OffPolicyConfig)
     assert isinstance(train.agent, ExpoConfig)
-
-    def prepare(seed: int, folder: Path) -> None:
-        made = recipe.with_seed(seed)
-        record_demos(made, folder / "demos")
-        fine_tune(made, folder / "demos", folder, resume=True)
 
     def make_env(num_envs: int, split: str, auto_reset: bool) -> ChunkedEnv:
         return recipe.env.make(num_envs, split=split, auto_reset=auto_reset)
@@ -41,7 +32,7 @@ def _experiment(task: str, recipe: Recipe) -> Experiment:
     return Experiment(
         name=f"maniskill_rl/{task}",
         title=f"ManiSkill {task}: twenty noisy demonstrations, then EXPO",
-        prepare=prepare,
+        prepare=start_of(recipe),
         make_env=make_env,
         methods={"expo": Method("EXPO", train), "control": Method("the same, no reward", blind, "other")},
         num_episodes=100,
@@ -59,13 +50,5 @@ PUSH_CUBE = _experiment("PushCube-v1", get_recipe("maniskill_push_cube"))
 PICK_CUBE = _experiment("PickCube-v1", get_recipe("maniskill_pick_cube"))
 
 
-def run(argv: Sequence[str]) -> int:
-    """Returns 0 where all that is required holds."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--task", choices=list(TASKS), default="PushCube-v1")
-    options, rest = parser.parse_known_args(argv)
-    return main(f"tests.experiments.maniskill_rl:{TASKS[options.task]}", rest)
-
-
 if __name__ == "__main__":
-    raise SystemExit(run(sys.argv[1:]))
+    raise SystemExit(main_of_task("tests.experiments.maniskill_rl", TASKS, sys.argv[1:]))

@@ -13,9 +13,8 @@ imitation is reported as it comes out.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
-from tests.experiments.runner import Experiment, Method, main
+from tests.experiments.runner import Experiment, Method, main, start_of
 from vla_rl.configs import get_recipe
 from vla_rl.data.replay import SamplingWeights
 from vla_rl.envs.vector import ChunkedEnv
@@ -23,18 +22,10 @@ from vla_rl.offpolicy.policy_learner import PolicyLearnerConfig
 from vla_rl.onpolicy import PPOConfig
 from vla_rl.train.loop import TrainConfig
 from vla_rl.train.offpolicy import OffPolicyConfig
-from vla_rl.train.stages import fine_tune, record_demos
 
 RECIPE, ON_POLICY = get_recipe("vla_offline_to_online"), get_recipe("demo").train
 assert isinstance(RECIPE.train, OffPolicyConfig)
 ENV_STEPS = RECIPE.train.online.num_env_steps if RECIPE.train.online else 0
-
-
-def prepare(seed: int, folder: Path) -> None:
-    """Demonstrations and a policy of this seed."""
-    recipe = RECIPE.with_seed(seed)
-    record_demos(recipe, folder / "demos")
-    fine_tune(recipe, folder / "demos", folder, resume=True)
 
 
 def make_env(num_envs: int, split: str, auto_reset: bool) -> ChunkedEnv:
@@ -71,7 +62,7 @@ def without_reward(config: OffPolicyConfig) -> OffPolicyConfig:
 EXPERIMENT = Experiment(
     name="offline_to_online_vla",
     title="The tiny VLA from offline to online",
-    prepare=prepare,
+    prepare=start_of(RECIPE),
     make_env=make_env,
     methods={
         "wsrl": Method("CO-RFT, then WSRL", RECIPE.train, "trained", inner=("co_rft", "offline")),

@@ -13,7 +13,7 @@ import importlib
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,9 @@ from vla_rl.progress import format_duration
 from vla_rl.train.loop import POLICY_FOLDER, TrainConfig, run_training
 from vla_rl.train.offpolicy import OffPolicyConfig
 from vla_rl.train.offpolicy_stages import reinforce_from_replay
+from vla_rl.train.recipe import Recipe
 from vla_rl.train.run_folder import describe_machine, describe_source, hold_run_folder
+from vla_rl.train.stages import fine_tune, record_demos
 
 START = "sft"
 
@@ -68,6 +70,25 @@ class Experiment:
     ahead: tuple[tuple[str, str], ...] = ()
     num_envs: int = 64
     curve_episodes: int = 128
+
+
+def start_of(recipe: Recipe) -> Callable[[int, Path], None]:
+    """`prepare` of an experiment: the recipe's demonstrations and fine-tuned policy."""
+
+    def prepare(seed: int, folder: Path) -> None:
+        made = recipe.with_seed(seed)
+        record_demos(made, folder / "demos")
+        fine_tune(made, folder / "demos", folder, resume=True)
+
+    return prepare
+
+
+def main_of_task(module: str, tasks: Mapping[str, str], argv: Sequence[str]) -> int:
+    """`main` of a module with an experiment for each of `tasks` (task -> its name there); `--task` chooses."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--task", choices=list(tasks), default=next(iter(tasks)))
+    options, rest = parser.parse_known_args(argv)
+    return main(f"{module}:{tasks[options.task]}", rest)
 
 
 def find(module: str) -> Experiment:

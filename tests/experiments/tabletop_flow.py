@@ -9,21 +9,11 @@ at most .08 above its start.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from tests.experiments.runner import Experiment, Method, main
+from tests.experiments.runner import Experiment, Method, main, start_of
 from vla_rl.configs import get_recipe
 from vla_rl.envs.vector import ChunkedEnv
-from vla_rl.train.stages import fine_tune, record_demos
 
 SDE, NOISE = get_recipe("tabletop_flow_sde"), get_recipe("tabletop_flow_noise")
-
-
-def prepare(seed: int, folder: Path) -> None:
-    """Demonstrations and a policy of this seed."""
-    recipe = SDE.with_seed(seed)
-    record_demos(recipe, folder / "demos")
-    fine_tune(recipe, folder / "demos", folder, resume=True)
 
 
 def make_env(num_envs: int, split: str, auto_reset: bool) -> ChunkedEnv:
@@ -34,7 +24,7 @@ def make_env(num_envs: int, split: str, auto_reset: bool) -> ChunkedEnv:
 EXPERIMENT = Experiment(
     name="tabletop_flow",
     title="Reach by picture and sentence: Flow-SDE and Flow-Noise",
-    prepare=prepare,
+    prepare=start_of(SDE),
     make_env=make_env,
     methods={
         "flow_sde": Method("Flow-SDE", SDE.train),
