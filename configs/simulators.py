@@ -1,4 +1,4 @@
-"""Recipes of other people's simulators. Each wants its own environment first: `vla-rl env install NAME`.
+"""Recipes of other people's simulators. All but Gymnasium's want an environment first: `vla-rl env install NAME`.
 
 ManiSkill's are from the state: twenty noisy demonstrations, cloned by a small flow policy, which EXPO then edits
 online. The others are the demo's tiny VLA from one camera and Flow-SDE PPO at a size that two cores can run.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from vla_rl.configs.demo import demo
 from vla_rl.data.replay import ReplayConfig
 from vla_rl.envs.config import AnyEnvConfig
+from vla_rl.envs.gym import FunctionExpertConfig, GymConfig
 from vla_rl.envs.libero import LiberoConfig
 from vla_rl.envs.maniskill import ManiSkillConfig
 from vla_rl.envs.metaworld import MetaworldConfig
@@ -109,4 +112,32 @@ def metaworld_reach() -> Recipe:
     return _flow_sde(MetaworldConfig("reach-v3", image_size=64, num_workers=2), 50)
 
 
-__all__ = ["libero_object", "maniskill_pick_cube", "maniskill_push_cube", "metaworld_reach", "robosuite_lift"]
+def with_its_momentum(state: np.ndarray) -> np.ndarray:
+    """Expert of Gymnasium's mountain car: full throttle the way that it moves. `state [N, 2]`: position, velocity."""
+    return np.sign(state[:, 1:] + 1e-9)
+
+
+def gym_mountain_car() -> Recipe:
+    """Gymnasium's continuous mountain car from the state: imitation of a noisy rule, then Flow-SDE PPO.
+
+    One run: 45% after imitation, 80% after RL, 23% after the control on shuffled advantages (100 episodes)."""
+    start = demo()
+    assert isinstance(start.train, TrainConfig)
+    assert isinstance(start.train.algorithm, PPOConfig)
+    algorithm = replace(start.train.algorithm, num_decisions=50, gamma=0.99)
+    expert = FunctionExpertConfig("vla_rl.configs.simulators:with_its_momentum", action_noise=1.0)
+    return replace(
+        start,
+        env=GymConfig("MountainCarContinuous-v0", "drive up the hill", success="end", max_episode_steps=200),
+        demos=DemosConfig(num_episodes=20, num_envs=20, keep="all", expert=expert),
+        policy=FlowMLPConfig(action_horizon=CHUNK, width=64),
+        sft=SFTConfig(num_updates=1_000, batch_size=128),
+        train=replace(start.train, num_envs=32, num_iterations=60, algorithm=algorithm),
+        evaluation=EvalConfig(num_episodes=100, num_envs=50, policy_batch_size=50, num_videos=0),  # it draws by pygame
+    )
+
+
+__all__ = [
+    "gym_mountain_car", "libero_object", "maniskill_pick_cube", "maniskill_push_cube", "metaworld_reach",
+    "robosuite_lift",
+]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from vla_rl.envs.gym import GymConfig
 from vla_rl.envs.libero import LiberoConfig
 from vla_rl.envs.maniskill import ManiSkillConfig
 from vla_rl.envs.metaworld import MetaworldConfig
@@ -138,4 +139,6 @@ class PointMazeConfig:
         )
 
 
-AnyEnvConfig = EnvConfig | PointMazeConfig | ManiSkillConfig | RobosuiteConfig | LiberoConfig | MetaworldConfig
+AnyEnvConfig = (
+    EnvConfig | PointMazeConfig | ManiSkillConfig | RobosuiteConfig | LiberoConfig | MetaworldConfig | GymConfig
+)

@@ -16,7 +16,9 @@ an environment that is deterministic given its seed.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
@@ -26,7 +28,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
 from vla_rl.core import ActionSpec, CameraSpec, EnvSpec, Observation
-from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.envs.vector import ChunkedEnv, stream_seed
 from vla_rl.protocols import StepOutcome
 
 _GYM_SEED_LIMIT = 2**32 - 1
@@ -37,7 +39,9 @@ class GymStepEnv:
 
     A vector observation becomes `state`; of a `Dict`, uint8 [h, w, 3] entries become cameras and all other entries are
     flattened into `state` in the order of their keys. `success_key` names the entry of `info` with the task's success;
-    without one, an environment never reports success. `control_hz` defaults to the `render_fps` of the environment.
+    with `success_is_end` a termination is one; without either, an environment never reports success. `control_hz`
+    defaults to the `render_fps` of the environment. `stream`: numbers that are mixed into every seed, for splits that
+    do not share an episode.
     """
 
     def __init__(
@@ -46,7 +50,9 @@ class GymStepEnv:
         *,
         instruction: str = "",
         success_key: str | None = None,
+        success_is_end: bool = False,
         control_hz: float | None = None,
+        stream: Sequence[int] = (),
     ) -> None:
         if "autoreset_mode" not in vector_env.metadata:
             raise ValueError(
@@ -61,7 +67,8 @@ class GymStepEnv:
         self._env = vector_env
         self._mode = AutoresetMode(vector_env.metadata["autoreset_mode"])
         self._instruction = instruction
-        self._success_key = success_key
+        self._success_key, self._success_is_end = success_key, success_is_end
+        self._stream = tuple(stream)
         self.num_envs = vector_env.num_envs
         self._cameras, self._state_keys, names = _split_observation(vector_env.single_observation_space)
         spec = vector_env.spec
@@ -97,7 +104,7 @@ class GymStepEnv:
         mask = np.zeros(self.num_envs, dtype=bool)
         for i, seed in zip(env_ids.tolist(), seeds.tolist(), strict=True):
             mask[i] = True
-            self._seeds[i] = seed
+            self._seeds[i] = stream_seed(self._stream, seed)
             self._history[i] = []
         self._over = self._over & ~mask
         self._in_sync = self._in_sync & ~mask
@@ -125,7 +132,7 @@ class GymStepEnv:
             reward=torch.as_tensor(reward, dtype=torch.float32),
             terminated=torch.as_tensor(terminated),
             truncated=torch.as_tensor(truncated),
-            success=torch.as_tensor(self._success(infos, ended)),
+            success=torch.as_tensor(terminated if self._success_is_end else self._success(infos, ended)),
         )
 
     def observe(self, env_ids: Tensor, images: bool) -> Observation:
@@ -281,3 +288,94 @@ def make_gym(
     vector = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
     step_env = GymStepEnv(vector, instruction=instruction, success_key=success_key)
     return ChunkedEnv(step_env, images=images, auto_reset=auto_reset)
+
+
+_SPLIT_STREAMS = {"train": (0,), "test": (1,)}
+
+
+@dataclass(frozen=True)
+class GymConfig:
+    """A Gymnasium environment in this process, for recipes.
+
+    `task`: a registered id; "module:Id" imports the module first. `success`: the entry of `info` that says so, or "end"
+    where a termination is one. `max_episode_steps`: None takes the registered limit.
+    """
+
+    task: str
+    instruction: str = "do the task"
+    success: str = "success"
+    max_episode_steps: int | None = None
+    control_hz: float = 20.0
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """What the environment's observation has is what there is."""
+        return ()
+
+    @property
+    def for_demos(self) -> GymConfig:
+        """Where demonstrations are recorded: here."""
+        return self
+
+    @property
+    def blind(self) -> GymConfig:
+        """The same."""
+        return self
+
+    def make(
+        self,
+        num_envs: int,
+        *,
+        split: str,
+        auto_reset: bool = False,
+        final_images: bool = False,
+        task: str | None = None,
+    ) -> ChunkedEnv:
+        """`num_envs` environments of `split` ("train" or "test": no seed gives the same episode in both).
+
+        Raises ValueError for an unknown split, and gymnasium's own error for an unknown id.
+        """
+        if split not in _SPLIT_STREAMS:
+            raise ValueError(f"gymnasium: split {split!r} is unknown; use one of {', '.join(_SPLIT_STREAMS)}")
+        name, steps = task or self.task, self.max_episode_steps
+        makers = [lambda: gym.make(name, max_episode_steps=steps, render_mode="rgb_array")] * num_envs
+        vector = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
+        vector.spec = vector.envs[0].spec  # Gymnasium knows it only of vectors that it made itself
+        step_env = GymStepEnv(
+            vector,
+            instruction=self.instruction,
+            success_key=None if self.success == "end" else self.success,
+            success_is_end=self.success == "end",
+            control_hz=self.control_hz,
+            stream=_SPLIT_STREAMS[split],
+        )
+        return ChunkedEnv(step_env, final_images=final_images, auto_reset=auto_reset)
+
+
+@dataclass(frozen=True)
+class FunctionExpertConfig:
+    """An expert that is a function of the state: `function`, "module:function", maps float32 [N, S] to actions [N, A].
+    `action_noise`: standard deviation added to every action, as a share of half its range."""
+
+    function: str
+    action_noise: float = 0.0
+
+
+class FunctionExpert:
+    """Acts in `env` by a function of its state. The noise of a step follows from the episode's seed and the step."""
+
+    def __init__(self, env: ChunkedEnv, config: FunctionExpertConfig) -> None:
+        module, _, name = config.function.partition(":")
+        self._act: Callable[[np.ndarray], np.ndarray] = getattr(importlib.import_module(module), name)
+        self._env, self._config = env, config
+
+    def __call__(self) -> Tensor:
+        """Actions [N, 1, A]."""
+        env, action = self._env, self._env.spec.action
+        actions = torch.as_tensor(self._act(env.observe().state.numpy()), dtype=torch.float32)[:, None]
+        half = (torch.tensor(action.high) - torch.tensor(action.low)) / 2
+        if self._config.action_noise:
+            for i, (seed, step) in enumerate(zip(env.episode_seeds, env.episode_steps.tolist(), strict=True)):
+                noise = np.random.default_rng([seed, step]).standard_normal(action.dim)
+                actions[i, 0] += self._config.action_noise * half * torch.from_numpy(noise).float()
+        return actions

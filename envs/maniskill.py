@@ -20,8 +20,8 @@ from torch import Tensor
 from vla_rl.core import Observation
 from vla_rl.envs.hosts import maniskill_host as host
 from vla_rl.envs.install import simulator_python
-from vla_rl.envs.remote import HostConfig, RemoteStepEnv, env_spec, stream_seed
-from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.envs.remote import HostConfig, RemoteStepEnv, env_spec
+from vla_rl.envs.vector import ChunkedEnv, stream_seed
 from vla_rl.protocols import StepOutcome
 from vla_rl.vulkan import driver_environment
 

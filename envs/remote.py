@@ -28,6 +28,7 @@ from torch import Tensor
 
 from vla_rl.core import ActionSpec, CameraSpec, EnvSpec, Observation
 from vla_rl.envs.hosts.protocol import receive, send
+from vla_rl.envs.vector import stream_seed
 from vla_rl.protocols import StepOutcome
 
 _HOSTS = Path(__file__).resolve().parent / "hosts"
@@ -379,10 +380,3 @@ def env_spec(spec: Mapping[str, Any]) -> EnvSpec:
         max_episode_steps=spec["max_episode_steps"],
         control_hz=float(spec["control_hz"]),
     )
-
-
-def stream_seed(stream: Sequence[int], seed: int) -> int:
-    """`seed`, in a stream of its own where `stream` has numbers."""
-    if not stream:
-        return int(seed)
-    return int(np.random.SeedSequence([*stream, int(seed)]).generate_state(1, np.uint64)[0] >> np.uint64(1))

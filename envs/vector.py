@@ -35,6 +35,13 @@ def episode_seed(base_seed: int, episode: int) -> int:
     )
 
 
+def stream_seed(stream: Sequence[int], seed: int) -> int:
+    """`seed`, in a stream of its own where `stream` has numbers."""
+    if not stream:
+        return int(seed)
+    return int(np.random.SeedSequence([*stream, int(seed)]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 class ChunkedEnv:
     """A `ChunkedVectorEnv` over a batch of step environments.
 

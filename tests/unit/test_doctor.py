@@ -29,7 +29,8 @@ def test_every_check_has_an_answer_and_a_way_out(checks):
         "MUJOCO_GL=osmesa",
     )
     assert set(expected) <= set(names)
-    assert {"maniskill", "libero", "robosuite", "gymnasium", "Vulkan"} <= {c.name for c in checks if c.group == "simulators"}
+    simulators = {c.name for c in checks if c.group == "simulators"}
+    assert {"maniskill", "libero", "robosuite", "gymnasium", "Vulkan"} <= simulators
     for check in checks:
         assert check.detail
         if check.status != "ok" and check.name != "GPU":

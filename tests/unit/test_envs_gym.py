@@ -9,7 +9,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from tests.contract.gym_env import DriftEnv
-from vla_rl.envs.gym import GymStepEnv, make_gym
+from vla_rl.envs.gym import FunctionExpert, FunctionExpertConfig, GymConfig, GymStepEnv, make_gym
 
 
 def test_registered_environment() -> None:
@@ -117,3 +117,44 @@ def test_an_ended_and_parked_environment_is_resumed_as_ended():
     assert theirs.executed.tolist() == ours.executed.tolist() == [[False] * 4, [True] * 4]
     assert torch.equal(ours.rewards, theirs.rewards)
     assert torch.equal(ours.obs.state[1], theirs.obs.state[1])
+
+
+def test_a_config_makes_disjoint_splits_and_an_expert_acts_by_a_function_of_the_state():
+    config = GymConfig("MountainCarContinuous-v0", success="end", max_episode_steps=120)
+    starts = {}
+    for split in ("train", "test"):
+        env = config.make(4, split=split)
+        assert env.spec.max_episode_steps == 120
+        starts[split] = {tuple(row) for row in env.reset(range(4)).state.tolist()}
+        env.close()
+    assert len(starts["train"] | starts["test"]) == 8
+    env = config.make(3, split="train")
+    env.reset(range(3))
+    expert = FunctionExpert(env, FunctionExpertConfig("vla_rl.configs.simulators:with_its_momentum"))
+    success = torch.zeros(3, dtype=torch.bool)
+    while not env.ended.all():
+        step = env.step(expert())
+        assert torch.equal(step.success, step.terminated)  # success is the end
+        success |= step.success
+    assert success.all()
+    with pytest.raises(ValueError, match="split 'ood' is unknown"):
+        config.make(1, split="ood")
+    env.close()
+
+
+def test_an_experts_noise_follows_from_the_episode_and_the_step():
+    config = GymConfig("MountainCarContinuous-v0", success="end")
+    noisy = FunctionExpertConfig("vla_rl.configs.simulators:with_its_momentum", action_noise=0.5)
+    seen = []
+    for num_envs in (1, 3):
+        env = config.make(num_envs, split="train")
+        env.reset(range(num_envs))
+        expert = FunctionExpert(env, noisy)
+        actions = []
+        for _ in range(3):
+            actions.append(expert()[0].clone())
+            env.step(actions[-1].expand(num_envs, 1, 1))
+        seen.append(torch.stack(actions))
+        env.close()
+    assert torch.equal(*seen)
+    assert len(torch.unique(seen[0])) == 3

@@ -15,6 +15,7 @@ from vla_rl.data.lerobot_format import DatasetError, atomic_write_json, read_jso
 from vla_rl.data.lerobot_reader import LeRobotDataset
 from vla_rl.data.normalization import Normalizer
 from vla_rl.envs.config import EnvConfig, PointMazeConfig
+from vla_rl.envs.gym import FunctionExpert, FunctionExpertConfig, GymConfig
 from vla_rl.envs.point_maze import WaypointConfig, WaypointExpert
 from vla_rl.envs.remote_expert import RemoteExpert, RemoteExpertConfig
 from vla_rl.envs.vector import ChunkedEnv
@@ -35,7 +36,7 @@ from vla_rl.train.demo_source import DatasetDemos
 from vla_rl.train.loop import TrainConfig, TrainResult, run_training
 from vla_rl.train.offpolicy import OffPolicyConfig
 from vla_rl.train.offpolicy_stages import build_learner, check_stages, reinforce_from_replay
-from vla_rl.train.recipe import EvalConfig, Recipe
+from vla_rl.train.recipe import AnyExpertConfig, EvalConfig, Recipe
 from vla_rl.train.sft import DatasetSampler, SFTResult, run_sft
 
 _CURVE_EPISODES = 64
@@ -54,11 +55,12 @@ def device_of(recipe: Recipe) -> torch.device:
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise ValueError or TypeError where the parts of a recipe do not fit: at once, not after an hour's training."""
-    experts = {EnvConfig: ExpertConfig, PointMazeConfig: WaypointConfig}
+    experts = {EnvConfig: ExpertConfig, PointMazeConfig: WaypointConfig, GymConfig: FunctionExpertConfig}
     if type(recipe.demos.expert) is not experts.get(type(recipe.env), RemoteExpertConfig):
         raise TypeError(
             f"demos.expert is a {type(recipe.demos.expert).__name__} and env a {type(recipe.env).__name__}: "
-            "a maze has a WaypointConfig, a table an ExpertConfig, any other simulator a RemoteExpertConfig"
+            "a maze has a WaypointConfig, a table an ExpertConfig, a Gymnasium environment a FunctionExpertConfig, any "
+            "other simulator a RemoteExpertConfig"
         )
     if isinstance(recipe.env, EnvConfig):
         for task in recipe.evaluation.tasks:
@@ -94,9 +96,11 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def make_expert(
-    env: ChunkedEnv, config: ExpertConfig | WaypointConfig | RemoteExpertConfig
-) -> ScriptedExpert | WaypointExpert | RemoteExpert:
+    env: ChunkedEnv, config: AnyExpertConfig
+) -> ScriptedExpert | WaypointExpert | FunctionExpert | RemoteExpert:
     """Who demonstrates in `env`. Raises TypeError where it is an expert of other environments."""
+    if isinstance(config, FunctionExpertConfig):
+        return FunctionExpert(env, config)
     if isinstance(config, RemoteExpertConfig):
         return RemoteExpert(env, config)
     return WaypointExpert(env, config) if isinstance(config, WaypointConfig) else ScriptedExpert(env, config)
@@ -276,7 +280,8 @@ def _maker(recipe: Recipe, config: EvalConfig, task: str) -> Callable[[int], Chu
 
 def evaluate_expert(recipe: Recipe, config: EvalConfig) -> EvalResult:
     """The scripted expert at its best on the same episodes: the upper end of a report."""
-    blind, best = replace(recipe, env=recipe.env.blind), type(recipe.demos.expert)()
+    blind, expert = replace(recipe, env=recipe.env.blind), recipe.demos.expert
+    best = replace(expert, action_noise=0.0) if isinstance(expert, FunctionExpertConfig) else type(expert)()
     results = [
         evaluate_controller(
             _maker(blind, config, task),
