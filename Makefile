@@ -15,6 +15,8 @@ ARGS ?=
 BIN := .venv/bin
 STAGE := tools/stage.sh
 PYTEST := $(BIN)/python -m pytest -q
+# Two of Ray's clusters on a machine find each other, and one process has only one of its security modes.
+RAY_TESTS := $(wildcard tests/unit/test_*ray*.py tests/unit/test_train_distributed.py)
 export PYTHON TORCH
 # One thread a process unless asked for: two processes of PyTorch on two cores hinder each other otherwise.
 export OMP_NUM_THREADS ?= 1
@@ -83,7 +85,9 @@ types:
 
 unit:
 	@$(STAGE) "tests: pytest in $(TEST_PROCESSES) processes" \
-	    $(PYTEST) -n $(TEST_PROCESSES) -m "not slow and not gpu" $(ARGS)
+	    $(PYTEST) -n $(TEST_PROCESSES) -m "not slow and not gpu" $(addprefix --ignore=,$(RAY_TESTS)) $(ARGS)
+	$(if $(ARGS),,@for file in $(RAY_TESTS); do \
+	    $(STAGE) "tests with Ray: $$file" $(PYTEST) -m "not slow and not gpu" $$file; done)
 
 wheel:
 	@$(STAGE) "wheel: built, installed apart, every module imported" $(BIN)/python tools/check_wheel.py

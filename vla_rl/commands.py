@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -55,20 +55,26 @@ def recipes_command(argv: list[str]) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class EnvOptions:
+    """action: install makes the environments of simulators, list says which there are and where. names: which."""
+
+    action: tyro.conf.Positional[Literal["install", "list"]]
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+
+
 def env_command(argv: list[str]) -> int:
-    """`install NAME...` makes the environments of simulators, `list` says which there are and where."""
+    """Virtual environments of simulators whose pins cannot live here."""
     from vla_rl.envs import install
 
-    action, *names = argv or ["help"]
-    if action == "list" and not names:
-        for name in install.SIMULATORS:
-            state = install.environments_folder() / name if install.is_installed(name) else "not installed"
-            print(f"{name:12} {state}")
-        return 0
-    if action != "install" or not names:
-        raise UsageError(f"vla-rl env install NAME... (of {', '.join(install.SIMULATORS)}), or vla-rl env list")
-    for name in names:
+    o = _parse(EnvOptions, argv, "env")
+    if o.action == "install" and not o.names:
+        raise UsageError(f"which? vla-rl env install NAME..., of {', '.join(install.SIMULATORS)}")
+    for name in o.names if o.action == "install" else ():
         print(f"{name}: {install.install(name)}")
+    for name in install.SIMULATORS if o.action == "list" else ():
+        state = install.environments_folder() / name if install.is_installed(name) else "not installed"
+        print(f"{name:12} {state}")
     return 0
 
 

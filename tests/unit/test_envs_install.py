@@ -51,4 +51,6 @@ def test_the_command_says_what_there_is(folder: Path, capsys) -> None:
     assert all(line.endswith("not installed") for line in lines)
     assert main(["env", "install", "gazebo"]) == 1
     assert "there is no simulator 'gazebo'" in capsys.readouterr().err
-    assert main(["env"]) == 2
+    assert main(["env", "install"]) == 2
+    with pytest.raises(SystemExit):
+        main(["env"])
