@@ -140,19 +140,25 @@ def _check_same_demos(recipe: Recipe, path: Path) -> None:
     atomic_write_json(file, kind)
 
 
-def fine_tune(recipe: Recipe, dataset_path: Path, run_dir: Path, *, resume: bool) -> SFTResult:
-    """A new policy, fitted to the dataset."""
+def fine_tune(
+    recipe: Recipe, dataset_path: Path, run_dir: Path, *, resume: bool, initial: Path | None = None
+) -> SFTResult:
+    """A new policy, or the one of the folder `initial` with its own normalisation, fitted to the dataset."""
     env = recipe.env.make(1, split="train")
     spec = env.spec
     env.close()
     dataset = LeRobotDataset(dataset_path)
     if not dataset.num_episodes:
         raise DatasetError(f"{dataset_path}: no episode to learn from; record demonstrations first")
-    policy: Any = build_policy(recipe.policy, spec, seed=recipe.sft.seed, device=device_of(recipe))
-    policy.set_normalization(
-        Normalizer.from_stats(dataset.stats["observation.state"], recipe.state_normalization),
-        Normalizer.from_stats(dataset.stats["action"], recipe.action_normalization),
-    )
+    policy: Any
+    if initial is not None:
+        policy = load_policy(initial, device=device_of(recipe), spec=spec)
+    else:
+        policy = build_policy(recipe.policy, spec, seed=recipe.sft.seed, device=device_of(recipe))
+        policy.set_normalization(
+            Normalizer.from_stats(dataset.stats["observation.state"], recipe.state_normalization),
+            Normalizer.from_stats(dataset.stats["action"], recipe.action_normalization),
+        )
     cameras = tuple(getattr(policy.config, "cameras", ()))
     chunks = ChunkDataset(dataset, policy.action_horizon, cameras=cameras)
     sampler = DatasetSampler(chunks, recipe.sft.batch_size, recipe.sft.seed)
