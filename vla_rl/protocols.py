@@ -6,9 +6,9 @@ an error before anything is built.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -96,16 +96,26 @@ class ChunkedVectorEnv(Protocol):
 # ---------------------------------------------------------------------------------------------------------- policies
 @runtime_checkable
 class Policy(Protocol):
-    """Maps observations to action chunks. `noise` is the only source of randomness, and the caller owns it."""
+    """Maps observations to action chunks. `noise` is the only source of randomness, and the caller owns it.
+
+    A policy whose normalised chunk is wider than the environment's actions, as the padded ones of pi0, says so with an
+    attribute `noise_dim`; see `chunk_shape`.
+    """
 
     action_horizon: int
     action_dim: int
 
     def act(self, obs: Observation, noise: Tensor) -> ActionChunk:
-        """The deployed policy: deterministic given `noise`, standard normal [N, H, A].
+        """The deployed policy: deterministic given `noise`, standard normal [N, *chunk_shape(policy)].
 
         That is the noise of a Gaussian policy's sample, whose mode zeros give, and the start of a flow policy's ODE."""
         ...
+
+
+def chunk_shape(policy: Policy) -> tuple[int, int]:
+    """(H, D) of a policy's noise and of its normalised chunk. The first `policy.action_dim` of D are the environment's
+    actions; `normalize_actions` fills the others with zeros and `unnormalize_actions` leaves them out."""
+    return policy.action_horizon, getattr(policy, "noise_dim", policy.action_dim)
 
 
 @dataclass(frozen=True)
@@ -113,63 +123,93 @@ class PolicyInputs:
     """An observation after the policy's own preprocessing: normalised state, token ids, resized pictures.
 
     `images`: camera -> uint8 [N, 3, h, w]. `tokens`: int64 [N, T], 0 where padded. `state`: float32 [N, S] normalised.
+    `image_tokens`: [N, I, D], what a frozen vision tower made of `images`, which are empty then (`HasVisionTokens`).
     """
 
     images: Mapping[str, Tensor]
     tokens: Tensor
     state: Tensor
+    image_tokens: Tensor | None = None
 
     def __len__(self) -> int:
         return self.state.shape[0]
 
+    def _map(self, function: Callable[[Tensor], Tensor]) -> PolicyInputs:
+        images = {camera: function(image) for camera, image in self.images.items()}
+        seen = None if self.image_tokens is None else function(self.image_tokens)
+        return PolicyInputs(images, function(self.tokens), function(self.state), seen)
+
     def select(self, rows: Tensor) -> PolicyInputs:
-        return PolicyInputs({c: x[rows] for c, x in self.images.items()}, self.tokens[rows], self.state[rows])
+        return self._map(lambda x: x[rows])
 
     def to(self, device: torch.device | str) -> PolicyInputs:
-        return PolicyInputs(
-            {c: x.to(device) for c, x in self.images.items()}, self.tokens.to(device), self.state.to(device)
-        )
+        return self._map(lambda x: x.to(device))
 
     @staticmethod
     def concatenate(parts: Sequence[PolicyInputs]) -> PolicyInputs:
-        cameras = list(parts[0].images)
+        seen = [p.image_tokens for p in parts if p.image_tokens is not None]
         return PolicyInputs(
-            {c: torch.cat([p.images[c] for p in parts]) for c in cameras},
+            {c: torch.cat([p.images[c] for p in parts]) for c in parts[0].images},
             torch.cat([p.tokens for p in parts]),
             torch.cat([p.state for p in parts]),
+            torch.cat(seen) if seen else None,
         )
+
+
+class PrefixKV(NamedTuple):
+    """Keys and values of one layer, computed once and only ever read.
+
+    `keys`, `values`: [N, num_kv_heads, T, head_dim].
+    """
+
+    keys: Tensor
+    values: Tensor
 
 
 @dataclass(frozen=True)
 class Prefix:
     """What a policy's encoder makes of its inputs, once a decision; every denoising step and the critic read it.
 
-    `tokens`: float32 [N, T, D] for the action expert. `mask`: bool [N, T], True where a token counts.
-    `pooled`: float32 [N, F], the features that critics get.
+    `tokens`: float32 [N, T, D] for the action expert; D is 0 where the expert reads `layers` alone.
+    `mask`: bool [N, T], True where a token counts. `pooled`: float32 [N, F], the features that critics get.
+    `layers`: keys and values of a language model's layers, for experts and action tokens that attend to them.
     """
 
     tokens: Tensor
     mask: Tensor
     pooled: Tensor
+    layers: tuple[PrefixKV, ...] = ()
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that keeping it takes."""
+        tensors = [self.tokens, self.mask, self.pooled, *(x for kv in self.layers for x in kv)]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Prefix:
+        layers = tuple(PrefixKV(function(kv.keys), function(kv.values)) for kv in self.layers)
+        return Prefix(function(self.tokens), function(self.mask), function(self.pooled), layers)
+
     def select(self, rows: Tensor) -> Prefix:
-        return Prefix(self.tokens[rows], self.mask[rows], self.pooled[rows])
+        return self._map(lambda x: x[rows])
 
     def to(self, device: torch.device | str) -> Prefix:
-        return Prefix(self.tokens.to(device), self.mask.to(device), self.pooled.to(device))
+        return self._map(lambda x: x.to(device))
 
     def detach(self) -> Prefix:
-        return Prefix(self.tokens.detach(), self.mask, self.pooled.detach())
+        return self._map(Tensor.detach)
 
     @staticmethod
     def concatenate(parts: Sequence[Prefix]) -> Prefix:
+        layers = zip(*(p.layers for p in parts), strict=True)
         return Prefix(
             torch.cat([p.tokens for p in parts]),
             torch.cat([p.mask for p in parts]),
             torch.cat([p.pooled for p in parts]),
+            tuple(PrefixKV(torch.cat([kv.keys for kv in kvs]), torch.cat([kv.values for kv in kvs])) for kvs in layers),
         )
 
 
@@ -194,6 +234,17 @@ class HasFeatures(Protocol):
 
 
 @runtime_checkable
+class HasVisionTokens(HasFeatures, Protocol):
+    """Its vision tower can be frozen while the language model learns; then pictures are looked at once."""
+
+    vision_is_frozen: bool
+
+    def with_image_tokens(self, inputs: PolicyInputs) -> PolicyInputs:
+        """`inputs` with `image_tokens` in the place of pictures; `encode` takes both kinds."""
+        ...
+
+
+@runtime_checkable
 class FlowPolicy(HasFeatures, Policy, Protocol):
     """A policy whose chunk comes from a velocity field. All tensors live in the policy's normalised action space."""
 
@@ -203,7 +254,9 @@ class FlowPolicy(HasFeatures, Policy, Protocol):
         """`x_t` float32 [N, H, A], `flow_time` float32 [N] in [0, 1]: 1 is noise, 0 is the action."""
         ...
 
-    def normalize_actions(self, actions: Tensor) -> Tensor: ...
+    def normalize_actions(self, actions: Tensor) -> Tensor:
+        """[N, H, A] in the environment's units -> [N, H, D]; see `chunk_shape`."""
+        ...
 
     def unnormalize_actions(self, actions: Tensor) -> Tensor:
         """Exact inverse of `normalize_actions`."""
@@ -218,6 +271,33 @@ class GaussianPolicy(HasFeatures, Policy, Protocol):
 
     def distribution(self, prefix: Prefix) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, each float32 [N, H, A]."""
+        ...
+
+    def normalize_actions(self, actions: Tensor) -> Tensor: ...
+
+    def unnormalize_actions(self, actions: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class TokenPolicy(HasFeatures, Policy, Protocol):
+    """A policy that writes its chunk in L = H * D tokens, each a bin of one number, in order of step and dimension.
+
+    Logits are over the V action tokens alone: all others of the vocabulary are masked.
+    """
+
+    num_bins: int
+
+    def sample_tokens(self, prefix: Prefix, draw: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Bins int64 [N, L]. `draw(logits float32 [N, V], position)` -> int64 [N] is asked for one position after the
+        other; a policy that decodes in parallel has all logits at once, and asks all the same."""
+        ...
+
+    def token_logits(self, prefix: Prefix, bins: Tensor) -> Tensor:
+        """float32 [N, L, V], differentiable: at each position, given the bins before it (`bins` int64 [N, L])."""
+        ...
+
+    def actions_of_bins(self, bins: Tensor) -> Tensor:
+        """Centres of the bins: normalised actions, float32 [N, H, D]."""
         ...
 
     def normalize_actions(self, actions: Tensor) -> Tensor: ...

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-
-class PrefixKV(NamedTuple):
-    """Keys and values of one layer, computed once and only ever read.
-
-    `keys`, `values`: [N, num_kv_heads, T, head_dim].
-    """
-
-    keys: Tensor
-    values: Tensor
+from vla_rl.protocols import PrefixKV
 
 
 class Attention(nn.Module):

@@ -6,19 +6,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vla_rl.policies.blocks.attention import Attention, PrefixKV
+from vla_rl.policies.blocks.attention import Attention
+from vla_rl.protocols import PrefixKV
 
 
 class RMSNorm(nn.Module):
-    """`(1 + weight) * x / rms(x)` in float32 (Zhang and Sennrich 2019); `weight` starts at zero."""
+    """`(1 + weight) * x / rms(x)` in float32 (Zhang and Sennrich 2019); `weight` starts at zero.
 
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
+    Without `offset` it is `weight * x / rms(x)`, and `weight` starts at one (Llama).
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6, *, offset: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(width) if offset else torch.ones(width))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x.float(), x.shape[-1:], 1.0 + self.weight.float(), self.eps).to(x.dtype)
+        weight = 1.0 + self.weight.float() if self.offset else self.weight.float()
+        return functional.rms_norm(x.float(), x.shape[-1:], weight, self.eps).to(x.dtype)
 
 
 class AdaptiveRMSNorm(nn.Module):

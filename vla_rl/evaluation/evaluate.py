@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vla_rl.core import ChunkStep, Observation
 from vla_rl.evaluation.result import Episode, EvalResult
 from vla_rl.progress import Progress
-from vla_rl.protocols import ChunkedVectorEnv, Policy
+from vla_rl.protocols import ChunkedVectorEnv, Policy, chunk_shape
 from vla_rl.rollout.recorder import EpisodeRecorder
 
 EnvT = TypeVar("EnvT", bound=ChunkedVectorEnv)
@@ -145,7 +145,7 @@ class _PolicyCaller:
     def act(self, obs: Observation, slots: Mapping[int, _Slot]) -> Tensor:
         """Actions [N, K, A]; environments without an episode get zeros, which do not move them."""
         device = obs.state.device
-        shape = (self.policy.action_horizon, self.policy.action_dim)
+        shape, returned = chunk_shape(self.policy), (self.policy.action_horizon, self.policy.action_dim)
         actions = torch.zeros(self.num_envs, self.execution_horizon, self.policy.action_dim, device=device)
         for rows in self._batches(slots):
             filler = next(iter(rows.values()))
@@ -154,9 +154,9 @@ class _PolicyCaller:
             for row, i in rows.items():
                 noise[row] = policy_noise(self.noise_seed, slots[i].seed, slots[i].decision, *shape)
             chunk = self.policy.act(obs.select(source), noise.to(device)).actions
-            if tuple(chunk.shape) != (self.batch_size, *shape):
+            if tuple(chunk.shape) != (self.batch_size, *returned):
                 raise ValueError(
-                    f"the policy returned actions {tuple(chunk.shape)}, expected {(self.batch_size, *shape)}"
+                    f"the policy returned actions {tuple(chunk.shape)}, expected {(self.batch_size, *returned)}"
                 )
             for row, i in rows.items():
                 actions[i] = chunk[row, : self.execution_horizon].to(actions)

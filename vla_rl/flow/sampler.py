@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from vla_rl.flow.config import FlowSamplerConfig
 from vla_rl.flow.likelihood import LogProb, gaussian_entropy, gaussian_log_prob, log_prob
 from vla_rl.flow.noise import NoiseSource, draw_normal
 from vla_rl.flow.sampling import sample_chain
-from vla_rl.protocols import FlowPolicy, GaussianPolicy, Prefix
+from vla_rl.protocols import FlowPolicy, GaussianPolicy, Prefix, chunk_shape
 
 
 class ScoredTrace(Protocol):
@@ -52,7 +52,9 @@ class FlowSampler:
     """Stochastic denoising chains of a flow policy."""
 
     def __init__(self, policy: FlowPolicy, config: FlowSamplerConfig, noise_head: nn.Module | None = None) -> None:
-        config.scored_shape(policy.action_horizon, policy.action_dim)  # fail before anything runs
+        if config.scored_dims is None and chunk_shape(policy)[1] != policy.action_dim:
+            config = replace(config, scored_dims=policy.action_dim)  # padding reaches no environment
+        config.scored_shape(*chunk_shape(policy))  # fail before anything runs
         if (noise_head is not None) != (config.kernel == "flow_noise"):
             raise ValueError(
                 f"kernel {config.kernel} with noise_head={type(noise_head).__name__}: flow_noise alone has one"
@@ -63,15 +65,14 @@ class FlowSampler:
         self.has_transitions, self.has_entropy = True, noise_head is not None
 
     def sample(self, prefix: Prefix, generator: NoiseSource) -> tuple[Tensor, Any]:
-        shape = (len(prefix), self.policy.action_horizon, self.policy.action_dim)
-        x_1 = draw_normal(shape, generator, prefix.tokens.device)
+        x_1 = draw_normal((len(prefix), *chunk_shape(self.policy)), generator, prefix.tokens.device)
         return sample_chain(self.policy, prefix, x_1, self.config, generator, self.noise_head)
 
     def score(self, prefix: Prefix, trace: Any) -> LogProb:
         return log_prob(self.policy, prefix, trace, self.config, self.noise_head)
 
     def joint_clip(self, clip: float) -> float:
-        return self.config.joint_clip(clip, self.policy.action_horizon, self.policy.action_dim)
+        return self.config.joint_clip(clip, *chunk_shape(self.policy))
 
 
 @dataclass(frozen=True)

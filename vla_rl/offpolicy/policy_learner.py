@@ -31,7 +31,7 @@ from vla_rl.offpolicy.networks import AgentSpec
 from vla_rl.offpolicy.pa_rl import CriticAgent, CriticAgentConfig
 from vla_rl.offpolicy.train_state import TrainState, from_tensors, to_tensors, with_raw_key, wrap_raw_key
 from vla_rl.offpolicy.wsrl import CarryOver, carry_over
-from vla_rl.protocols import LearnsFromFeatures, Prefix, require
+from vla_rl.protocols import LearnsFromFeatures, Prefix, chunk_shape, require
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,8 @@ class PolicyLearner:
 
     def _chunks(self, prefix: Prefix, num: int) -> Tensor:
         """Chunks [num, N, H, A] of the deployed policy, normalised."""
-        n, shape = len(prefix), (self.policy.action_horizon, self.policy.action_dim)
-        noise = torch.randn(num * n, *shape, generator=self._generator).to(prefix.tokens)
+        n = len(prefix)
+        noise = torch.randn(num * n, *chunk_shape(self.policy), generator=self._generator).to(prefix.tokens)
         repeated = prefix.select(torch.arange(n, device=prefix.tokens.device).repeat(num))
         return ode(self.policy, repeated, noise, self.policy.config.num_steps).unflatten(0, (num, n))
 

@@ -23,7 +23,7 @@ from vla_rl.flow.kernels import noise_estimate
 from vla_rl.flow.likelihood import LogProb, at_least_float32
 from vla_rl.flow.noise import NoiseSource, draw_integers, draw_normal
 from vla_rl.flow.sampling import ode
-from vla_rl.protocols import FlowPolicy, Prefix
+from vla_rl.protocols import FlowPolicy, Prefix, chunk_shape
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class FPOSampler:
     @torch.no_grad()
     def sample(self, prefix: Prefix, generator: NoiseSource) -> tuple[Tensor, FPOTrace]:
         device, n, m = prefix.tokens.device, len(prefix), self.config.num_draws
-        shape = (self.policy.action_horizon, self.policy.action_dim)
+        shape = chunk_shape(self.policy)
         actions = ode(self.policy, prefix, draw_normal((n, *shape), generator, device), self.config.num_steps)
         grid = self.config.time_grid
         flow_time = (draw_integers(grid, (n, m), generator) + 1.0) / grid

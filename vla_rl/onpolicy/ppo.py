@@ -21,7 +21,7 @@ from vla_rl.flow.sampler import ChunkSampler, FlowSampler
 from vla_rl.onpolicy.actor import ActorConfig, ActorData, ActorUpdate, DemoSource, StepWeighting
 from vla_rl.onpolicy.advantages import explained_variance, gae, normalize_advantages
 from vla_rl.onpolicy.critic import CriticConfig, CriticUpdate
-from vla_rl.protocols import FlowPolicy, HasFeatures, require
+from vla_rl.protocols import FlowPolicy, HasFeatures, chunk_shape, require
 from vla_rl.rollout.collector import Collector, RolloutBatch
 
 
@@ -57,7 +57,7 @@ def flow_sampler(policy: FlowPolicy, config: FlowSamplerConfig, *, seed: int = 0
     device = next(iter(policy.parameters())).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = NoiseHead(policy.hidden_dim, policy.action_dim, *config.std_range).to(device)
+        head = NoiseHead(policy.hidden_dim, chunk_shape(policy)[1], *config.std_range).to(device)
     return FlowSampler(policy, config, head)
 
 
