@@ -47,8 +47,8 @@ class Tokenizer(nn.Module):
         name = next((name for name in FILES if (folder / name).is_file()), None)
         if name is None:
             raise FileNotFoundError(
-                f"{folder} holds no tokenizer; copy {' or '.join(FILES)} of the model into it (pi0 and pi0.5: the file "
-                "paligemma_tokenizer.model of PaliGemma, named tokenizer.model; OpenVLA: Llama 2's; SmolVLA: SmolVLM2's)"
+                f"{folder} holds no tokenizer; copy {' or '.join(FILES)} of the model into it (pi0 and pi0.5: PaliGemma's "
+                "paligemma_tokenizer.model, named tokenizer.model; OpenVLA: that of Llama 2; SmolVLA: that of SmolVLM2)"
             )
         content = (folder / name).read_bytes()
         tokenizer = Tokenizer(TokenizerConfig(FILES[name], len(content), bos, max_tokens))
@@ -63,8 +63,9 @@ class Tokenizer(nn.Module):
         encoder = self._load()
         return encoder.vocab_size() if self.config.kind == "sentencepiece" else encoder.get_vocab_size()
 
-    def ids(self, sentence: str) -> list[int]:
-        """Without padding. Raises ValueError where they are more than `max_tokens`."""
+    def ids(self, sentence: str, *, end: int = -1) -> list[int]:
+        """Without padding; with `end` as the last one, where it is not there anyway (-1: none). Raises ValueError where
+        they are more than `max_tokens`."""
         config = self.config
         start = [config.bos] if config.bos >= 0 else []
         if config.kind == "bytes":
@@ -73,15 +74,17 @@ class Tokenizer(nn.Module):
             found = self._load().encode(sentence)
         else:
             found = self._load().encode(sentence, add_special_tokens=False).ids
+        if end >= 0 and found[-1:] != [end]:
+            found = [*found, end]
         if len(start + found) > config.max_tokens:
             raise ValueError(
-                f"the sentence {sentence[:60]!r} has {len(start + found)} tokens, the policy takes {config.max_tokens}; "
-                "shorten it, or raise max_tokens"
+                f"the sentence {sentence[:60]!r} has {len(start + found)} tokens, the policy takes "
+                f"{config.max_tokens}; shorten it, or raise max_tokens"
             )
         return start + found
 
-    def forward(self, sentences: Sequence[str]) -> Tensor:
-        rows = {s: self.ids(s) for s in set(sentences)}
+    def forward(self, sentences: Sequence[str], *, end: int = -1) -> Tensor:
+        rows = {s: self.ids(s, end=end) for s in set(sentences)}
         tokens = torch.zeros(len(sentences), self.config.max_tokens, dtype=torch.int64)
         for i, sentence in enumerate(sentences):
             tokens[i, : len(rows[sentence])] = torch.tensor(rows[sentence])
