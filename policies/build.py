@@ -12,9 +12,11 @@ from vla_rl.core import EnvSpec
 from vla_rl.policies.checkpoints.native import policy_class_of
 from vla_rl.policies.flow_mlp import FlowMLPConfig
 from vla_rl.policies.gaussian import GaussianMLPConfig
+from vla_rl.policies.pi0 import Pi0Config
+from vla_rl.policies.smolvla import SmolVLAConfig
 from vla_rl.policies.tiny import TinyVLAConfig
 
-PolicyConfig = TinyVLAConfig | FlowMLPConfig | GaussianMLPConfig
+PolicyConfig = TinyVLAConfig | FlowMLPConfig | GaussianMLPConfig | Pi0Config | SmolVLAConfig
 
 
 def build_policy(config: Any, spec: EnvSpec, *, seed: int, device: torch.device | str = "cpu") -> nn.Module:

@@ -186,8 +186,14 @@ class Decoder(nn.Module):
         self.checkpoint_activations = False
         if config.vocab_size:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+            nn.init.normal_(self.embed_tokens.weight, std=config.width**-0.5)
         self.layers = nn.ModuleList(DecoderLayer(config, cross=config.is_cross(i)) for i in range(config.depth))
         self.norm = _norm(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its matrices; norms may have another one."""
+        return cast(DecoderLayer, self.layers[0]).mlp.down_proj.weight.dtype
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [N, T] -> [N, T, width], scaled."""
@@ -212,10 +218,17 @@ class Decoder(nn.Module):
         x, kept = self._run(x, positions, mask, prefix, condition, causal, kv_only=False)
         return _apply(self.norm, x, condition)[0], kept
 
-    def prefill(self, x: Tensor, positions: Tensor, mask: Tensor | None = None) -> tuple[PrefixKV, ...]:
-        """Keys and values alone: the last layer's attention and feed-forward, which no other layer would read, are not
-        computed and get no gradient."""
-        return self._run(x, positions, mask, None, None, False, kv_only=True)[1]
+    def prefill(self, x: Tensor, positions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, tuple[PrefixKV, ...]]:
+        """Keys and values of each layer, after the hidden states [N, L, width] that enter the last one (not normed):
+        its attention and feed-forward, which no other layer would read, are not computed and get no gradient."""
+        return self._run(x, positions, mask, None, None, False, kv_only=True)
+
+    def freeze_unread(self) -> None:
+        """Where `prefill` alone is used, these never get a gradient, and whoever waits for one would wait for ever."""
+        last = cast(DecoderLayer, self.layers[-1])
+        attention = last.self_attn
+        for module in (attention.q_proj, attention.o_proj, last.post_attention_layernorm, last.mlp, self.norm):
+            module.requires_grad_(False)
 
     def _run(
         self,

@@ -60,7 +60,13 @@ def hold_last(actions: Tensor, mask: Tensor) -> Tensor:
 
 
 def flow_matching_loss(
-    velocity: VelocityFunction, actions: Tensor, mask: Tensor, config: FlowMatchingConfig, generator: torch.Generator
+    velocity: VelocityFunction,
+    actions: Tensor,
+    mask: Tensor,
+    config: FlowMatchingConfig,
+    generator: torch.Generator,
+    *,
+    num_scored: int | None = None,
 ) -> Tensor:
     """Per-sample loss [N]: mean of (velocity - (noise - action))^2 over unpadded steps, dimensions and draws.
 
@@ -69,6 +75,7 @@ def flow_matching_loss(
     time.) Padded actions are not read: the last real action stands in their place in x_t, and bears no loss. They are
     not hidden from the other steps either, because a deployed policy always sees a whole chunk: one that was trained to
     see fewer steps near the end of an episode takes a whole chunk as a sign that the episode has just begun.
+    `num_scored`: the loss covers the first so many dimensions (None: all).
     """
     n, draws = actions.shape[0], config.num_draws
     flow_time = draw_flow_time(draws * n, config, generator).to(actions.device)
@@ -77,4 +84,4 @@ def flow_matching_loss(
     t = flow_time[:, None, None]
     predicted = velocity(t * noise + (1.0 - t) * actions, flow_time)
     error = (predicted.float() - (noise - actions)).square()
-    return masked_mean(error, mask.repeat(draws, 1)).view(draws, n).mean(dim=0)
+    return masked_mean(error[..., :num_scored], mask.repeat(draws, 1)).view(draws, n).mean(dim=0)

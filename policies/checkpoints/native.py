@@ -31,6 +31,8 @@ _REGISTRY: dict[str, tuple[type | str, type | str]] = {
     "gaussian_mlp": ("vla_rl.policies.gaussian:GaussianMLP", "vla_rl.policies.gaussian:GaussianMLPConfig"),
     "agent": ("vla_rl.policies.agent:AgentPolicy", "vla_rl.policies.agent:AgentPolicyConfig"),
     "steered": ("vla_rl.policies.steered:SteeredPolicy", "vla_rl.policies.steered:SteeredPolicyConfig"),
+    "pi0": ("vla_rl.policies.pi0:Pi0", "vla_rl.policies.pi0:Pi0Config"),
+    "smolvla": ("vla_rl.policies.smolvla:SmolVLA", "vla_rl.policies.smolvla:SmolVLAConfig"),
     "flow_mlp": ("vla_rl.policies.flow_mlp:FlowMLP", "vla_rl.policies.flow_mlp:FlowMLPConfig"),
 }
 
