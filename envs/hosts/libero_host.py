@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import collections
 import collections.abc
+import importlib
 import importlib.util
 import io
 import os
 import pickle
 import re
+import runpy
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,20 +23,8 @@ from typing import Any
 
 import numpy as np
 
-
-def _module(path: Path) -> Any:
-    """The module in file `path`: of this folder, which is no package here, or of LIBERO without its neighbours."""
-    spec = importlib.util.spec_from_file_location(f"host_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"there is no {path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-mujoco_view = _module(Path(__file__).with_name("mujoco_view.py"))
-waypoints = _module(Path(__file__).with_name("waypoints.py"))
-Waypoint, above, CLOSED, OPEN = waypoints.Waypoint, waypoints.above, waypoints.CLOSED, waypoints.OPEN
+from . import mujoco_view, waypoints
+from .waypoints import CLOSED, OPEN, Waypoint, above
 
 _STATE_NAMES = ("eef_x", "eef_y", "eef_z", "eef_rx", "eef_ry", "eef_rz", "finger_left", "finger_right")
 _NULL_ACTION = np.array([0.0] * 6 + [OPEN])
@@ -67,7 +57,8 @@ def _import_libero(assets: str | None) -> Path:
 
 def _find_task(root: Path, task: str) -> tuple[str, str]:
     """Suite and name of "SUITE/NAME" or "SUITE/NUMBER" (the official order)."""
-    suites = _module(root / "benchmark" / "libero_suite_task_map.py").libero_task_map
+    file = root / "benchmark" / "libero_suite_task_map.py"  # by itself: its package imports the training code
+    suites = runpy.run_path(str(file))["libero_task_map"]
     suite, _, name = task.partition("/")
     names = suites.get(suite, [])
     if name.isdigit() and int(name) < len(names):

@@ -8,16 +8,14 @@ they are asked for.
 from __future__ import annotations
 
 import gc
-import importlib.util
 from collections.abc import Mapping, Sequence
-from functools import cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from . import maniskill_experts as experts
 
 INSTRUCTIONS = {
     "PickCube-v1": "pick up the red cube and hold it at the goal",
@@ -95,7 +93,6 @@ class Host:
         the action of the step at hand; after its end the arm holds still.
         """
         task, control = self._options["task"], self._options["control"]
-        experts = _sibling("maniskill_experts")
         solve = experts.solution_of(task) if control == "pd_joint_pos" else None
         if solve is not None:
             plan = self._plan
@@ -289,14 +286,3 @@ def _action_names(env: Any) -> list[str]:
         ends = _AXES[width] if "_ee_" in env.control_mode and part == "arm" and width in (3, 6) else range(width)
         names += [part] if width == 1 else [f"{part}_{end}" for end in ends]
     return names
-
-
-@cache
-def _sibling(name: str) -> ModuleType:
-    """Another module of this folder, also where the folder is no package (see `serve.py`)."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

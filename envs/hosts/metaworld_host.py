@@ -6,27 +6,15 @@ Options of `build`, which `vla_rl.envs.metaworld.MetaworldConfig` explains: task
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+import importlib
 from typing import Any
 
 import numpy as np
 
+from . import mujoco_view
+
 metaworld: Any = importlib.import_module("metaworld")
 policies: Any = importlib.import_module("metaworld.policies")
-
-
-def _sibling(name: str) -> Any:
-    """The module `name` beside this one: the folder is no package here."""
-    spec = importlib.util.spec_from_file_location(f"host_{name}", Path(__file__).with_name(f"{name}.py"))
-    if spec is None or spec.loader is None:
-        raise ImportError(f"there is no {name}.py beside {__file__}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-mujoco_view = _sibling("mujoco_view")
 
 _HAND = ("hand_x", "hand_y", "hand_z", "gripper_opening")
 _NUM_PRESENT = 18  # of Metaworld's 39 numbers: hand, opening, two objects' positions and quaternions

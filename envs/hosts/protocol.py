@@ -5,7 +5,7 @@ never vla_rl, whose pins may not live there. A host module `NAME_host.py` has on
 
     def build(options: dict) -> HostedEnv
 
-`serve.py` serves several of these over a socket; `vla_rl.envs.remote` is the other end.
+`serve.py` serves several of these over a socket, as modules of one package; `vla_rl.envs.remote` is the other end.
 """
 
 from __future__ import annotations

@@ -6,28 +6,16 @@ control_hz, reward ("sparse" or "dense"), max_episode_steps, privileged_state, f
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import mujoco_view, waypoints
+from .waypoints import CLOSED, OPEN, Waypoint, above
+
 robosuite: Any = importlib.import_module("robosuite")
-
-
-def _sibling(name: str) -> Any:
-    """The module `name` beside this one: the folder is no package here."""
-    spec = importlib.util.spec_from_file_location(f"host_{name}", Path(__file__).with_name(f"{name}.py"))
-    if spec is None or spec.loader is None:
-        raise ImportError(f"there is no {name}.py beside {__file__}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-mujoco_view, waypoints = _sibling("mujoco_view"), _sibling("waypoints")
-Waypoint, above, CLOSED, OPEN = waypoints.Waypoint, waypoints.above, waypoints.CLOSED, waypoints.OPEN
 
 _PROPRIOCEPTION = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 _POSE = ("dx", "dy", "dz", "drx", "dry", "drz")
@@ -253,7 +241,7 @@ def _turn_to_peg(hand_yaw: float, nut_yaw: float) -> float:
     """The hand's yaw with which the square nut fits the peg: of the four, one that the wrist can do and that leaves the
     hand, which is on the side of the handle, nearest to the arm's base."""
     nut_goals = np.arange(4) * np.pi / 2
-    hand_goals = hand_yaw + waypoints.wrapped(nut_goals - nut_yaw, 2 * np.pi)
+    hand_goals = hand_yaw + np.array([waypoints.wrapped(goal - nut_yaw, 2 * np.pi) for goal in nut_goals])
     reach = np.cos(nut_goals) + 10.0 * (np.abs(hand_goals - np.pi / 4) > 2.0)
     return float(hand_goals[np.argmin(reach)])
 

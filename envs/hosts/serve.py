@@ -2,37 +2,55 @@
 
 The first message says which module to build from. Pictures go through shared memory that the parent made; all else is
 in the messages. The process ends when the socket closes, so that a killed parent leaves nobody behind.
+
+This folder is the package `vla_rl_hosts` here, and the host module a part of it, wherever its file lies: what it shares
+with others it imports relatively, `from . import mujoco_view`.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import socket
 import sys
 import traceback
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
-_spec = importlib.util.spec_from_file_location("host_protocol", Path(__file__).with_name("protocol.py"))
-assert _spec is not None
-assert _spec.loader is not None
-protocol = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(protocol)
+_HERE = Path(__file__).resolve().parent
+_PACKAGE = "vla_rl_hosts"
+
+
+def load(path: Path, name: str) -> ModuleType:
+    """The module in file `path` as `name`; an `__init__.py` is its folder's package. Raises ImportError without one."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"there is no host module {path}")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_host(path: Path) -> ModuleType:
+    """The host module in file `path`, which may import this folder's modules relatively."""
+    return load(path, f"{_PACKAGE}.simulator")
+
+
+# this folder is not searched for the simulator's own imports, whose names may be the same
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _HERE]
+load(_HERE / "__init__.py", _PACKAGE)
+protocol: Any = importlib.import_module(f"{_PACKAGE}.protocol")
 
 
 class Server:
     """`num_envs` environments of one module, stepped one after another."""
 
     def __init__(self, module: str, options: dict[str, Any], num_envs: int) -> None:
-        spec = importlib.util.spec_from_file_location("simulator_host", module)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"there is no host module {module}")
-        host = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(host)
+        host = load_host(Path(module))
         self.envs = [host.build(dict(options)) for _ in range(num_envs)]
         self.spec = self.envs[0].spec()
         self._pictures: dict[str, np.ndarray] = {}

@@ -130,9 +130,10 @@ def test_pictures_are_liberos_own() -> None:
     finally:
         env.close()
     code = f"""
-import importlib.util, sys, numpy as np
-spec = importlib.util.spec_from_file_location("host", {str(HOSTS / "libero_host.py")!r})
-host = importlib.util.module_from_spec(spec); spec.loader.exec_module(host)
+import pathlib, sys, numpy as np
+sys.path.insert(0, {str(HOSTS)!r})
+import serve
+host = serve.load_host(pathlib.Path({str(HOSTS)!r}, "libero_host.py"))
 env = host.build(dict(task="libero_spatial/0", assets=sys.argv[2], cameras={{}}, rotate_180=True,
     init_state_ids=[0], settle_steps=10, max_episode_steps=220, privileged_state=False, fast_pictures=False,
     render_size=[64, 64]))
