@@ -21,8 +21,8 @@ USAGE = """vla-rl: take a vision-language-action policy from demonstrations to a
   vla-rl run RECIPE --run-dir DIR            all stages: demonstrations, SFT, RL, evaluation, report
   vla-rl demos RECIPE --out DIR              record demonstrations (a LeRobot dataset)
   vla-rl sft RECIPE --dataset DIR --run-dir DIR      fit a new policy to demonstrations
-  vla-rl train RECIPE --from POLICY --run-dir DIR    improve a policy by reinforcement learning
-  vla-rl eval POLICY --out DIR               success on held-out episodes, with intervals
+  vla-rl train RECIPE --policy DIR --run-dir DIR     improve a policy by reinforcement learning
+  vla-rl eval --policy DIR --out DIR         success on held-out episodes, with intervals
   vla-rl compare A B                         two evaluations, episode by episode
   vla-rl report DIR                          the report of a run once more
 

@@ -122,9 +122,11 @@ def demos_command(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class SftOptions:
-    """dataset: folder of a LeRobot dataset. run_dir: folder of the run. resume: go on with an interrupted run."""
+    """dataset: folder of a LeRobot dataset. policy: folder of the one to begin with (else a new one), ours or a
+    public checkpoint. run_dir: folder of the run. resume: go on with an interrupted run."""
 
     recipe: RecipeFields
+    policy_dir: Annotated[Path | None, tyro.conf.arg(name="policy")] = None
     dataset: Path = _UNSET
     run_dir: Path = _UNSET
     resume: bool = False
@@ -132,23 +134,24 @@ class SftOptions:
 
 
 def sft_command(argv: list[str]) -> int:
-    """Fit a new policy to demonstrations."""
+    """Fit a policy to demonstrations."""
     o = _parse_with_recipe(SftOptions, argv, "sft")
     check_recipe(o.recipe)
-    run_dir = open_run_folder(o.run_dir, o.recipe, resume=o.resume, kind="sft", inputs={"dataset": o.dataset})
-    result = fine_tune(o.recipe, o.dataset, run_dir, resume=o.resume)
+    inputs = {"dataset": o.dataset, "policy": o.policy_dir}
+    run_dir = open_run_folder(o.run_dir, o.recipe, resume=o.resume, kind="sft", inputs=inputs)
+    result = fine_tune(o.recipe, o.dataset, run_dir, resume=o.resume, initial=o.policy_dir)
     print(f"loss {result.final_loss:.4g} after {result.num_updates} updates; policy: {result.policy_folder}")
     return 0 if result.finished else 130
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """from: folder of the policy to improve; recipes with an agent of its own have none. run_dir: folder of the run.
+    """policy: folder of the one to improve; recipes with an agent of its own have none. run_dir: folder of the run.
     dataset: demonstrations, for learning from replay and for bc_coef > 0. learners: several processes that share the
     run, started through Ray. resume: go on with an interrupted run."""
 
     recipe: RecipeFields
-    policy_dir: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    policy_dir: Annotated[Path | None, tyro.conf.arg(name="policy")] = None
     run_dir: Path = _UNSET
     dataset: Path | None = None
     learners: LearnersConfig = field(default_factory=LearnersConfig)
@@ -170,7 +173,7 @@ def train_command(argv: list[str]) -> int:
             f"train: learners.num is {o.learners.num} and torchrun has started {size}; leave one of them out"
         )
     join_learners()
-    inputs = {"from": o.policy_dir, "dataset": o.dataset}
+    inputs = {"policy": o.policy_dir, "dataset": o.dataset}
     wait_for_all(lambda: open_run_folder(o.run_dir, o.recipe, resume=o.resume, kind="train", inputs=inputs))
     result = reinforce(o.recipe, o.policy_dir, o.run_dir, resume=o.resume, dataset_path=o.dataset)
     if learner() == 0:
@@ -190,21 +193,26 @@ class EvalOptions:
 
 def eval_command(argv: list[str]) -> int:
     """Success of a stored policy. Its recipe is that of the run it lies in, or the one after `--recipe`."""
-    if not argv or argv[0].startswith("-"):
-        raise UsageError("eval: name the folder of a policy, then the options")
-    policy, rest = Path(argv[0]), argv[1:]
-    name = None
-    if "--recipe" in rest:
-        at = rest.index("--recipe")
-        if at + 1 == len(rest):
-            raise UsageError("eval: --recipe needs a name")
-        name, rest = rest[at + 1], rest[:at] + rest[at + 2 :]
-    recipe = get_recipe(name) if name is not None else _recipe_of(policy)
-    o = _parse(EvalOptions(recipe), rest, f"eval {policy}")
+    folder, rest = _take(argv, "--policy")
+    name, rest = _take(rest, "--recipe")
+    if folder is None:
+        raise UsageError("eval: name the folder of a policy with --policy")
+    recipe = get_recipe(name) if name is not None else _recipe_of(Path(folder))
+    o = _parse(EvalOptions(recipe), rest, f"eval --policy {folder}")
     _set_threads(o.recipe)
-    result, _ = evaluate_stage(o.recipe, policy, o.out, label=str(policy))
+    result, _ = evaluate_stage(o.recipe, Path(folder), o.out, label=folder)
     print(result.format_table())
     return 0
+
+
+def _take(argv: list[str], option: str) -> tuple[str | None, list[str]]:
+    """The value after `option`, which decides the defaults of all others, and the rest."""
+    if option not in argv:
+        return None, argv
+    at = argv.index(option)
+    if at + 1 == len(argv) or argv[at + 1].startswith("-"):
+        raise UsageError(f"eval: {option} needs a value")
+    return argv[at + 1], argv[:at] + argv[at + 2 :]
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,13 @@ class PolicyInputs:
     def __len__(self) -> int:
         return self.state.shape[0]
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that keeping it takes."""
+        tensors = [*self.images.values(), self.tokens, self.state]
+        tensors += [] if self.image_tokens is None else [self.image_tokens]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> PolicyInputs:
         images = {camera: function(image) for camera, image in self.images.items()}
         seen = None if self.image_tokens is None else function(self.image_tokens)

@@ -167,11 +167,13 @@ def test_stages_by_hand_and_evaluation_of_a_run(tmp_path, uninterrupted, monkeyp
     demos, sft, rl = (str(tmp_path / name) for name in ("demos", "sft", "rl"))
     assert main(["demos", "small", "--out", demos]) == 0
     assert main(["sft", "small", "--dataset", demos, "--run-dir", sft]) == 0
-    assert main(["train", "small", "--from", f"{sft}/policy", "--run-dir", rl]) == 0
+    assert main(["train", "small", "--policy", f"{sft}/policy", "--run-dir", rl]) == 0
     for name, folder in (("sft", sft), ("rl", rl)):
         ours = (tmp_path / name / "policy" / "policy.safetensors").read_bytes()
         assert ours == (uninterrupted / name / "policy" / "policy.safetensors").read_bytes(), folder
-    assert main(["eval", f"{rl}/policy", "--out", str(tmp_path / "eval"), "--evaluation.num-envs", "3"]) == 0
+    assert (
+        main(["eval", "--policy", f"{rl}/policy", "--out", str(tmp_path / "eval"), "--evaluation.num-envs", "3"]) == 0
+    )
     theirs = (uninterrupted / "evaluation" / "rl" / "episodes.jsonl").read_text()
     assert (tmp_path / "eval" / "episodes.jsonl").read_text() == theirs  # whatever the number of environments
     capsys.readouterr()
@@ -191,7 +193,7 @@ def test_demonstrations_of_two_kinds_do_not_mix(tmp_path, monkeypatch, capsys):
 
 def test_evaluations_in_other_worlds_are_told_apart(uninterrupted, tmp_path, capsys):
     policy = str(uninterrupted / "sft" / "policy")
-    assert main(["eval", policy, "--out", str(tmp_path / "e"), "--env.randomization", "test"]) == 0
+    assert main(["eval", "--policy", policy, "--out", str(tmp_path / "e"), "--env.randomization", "test"]) == 0
     capsys.readouterr()
     assert main(["compare", str(uninterrupted / "evaluation" / "sft"), str(tmp_path / "e")]) == 0
     assert "randomization is 'off' in" in capsys.readouterr().out
@@ -219,7 +221,7 @@ def test_a_run_that_died_in_its_report_only_writes_the_report(tmp_path, uninterr
 def test_options_reach_the_stages(tmp_path, uninterrupted, monkeypatch, capsys):
     """A behaviour-cloning term on the demonstrations, in randomised worlds; and what it lacks without a dataset."""
     monkeypatch.setitem(RECIPES, "small", f"{__name__}:small_recipe")
-    command = ["train", "small", "--from", str(uninterrupted / "sft" / "policy"), "--env.randomization", "train"]
+    command = ["train", "small", "--policy", str(uninterrupted / "sft" / "policy"), "--env.randomization", "train"]
     command += ["--train.algorithm.actor.bc-coef", "0.1", "--train.num-iterations", "3"]
     assert main([*command, "--run-dir", str(tmp_path / "without")]) == 1
     assert "give --dataset" in capsys.readouterr().err
@@ -261,7 +263,7 @@ def test_the_readme_is_right(uninterrupted, capsys):
     for _, command, *arguments in lines:
         if command == "recipes":
             continue
-        first = {"doctor": [], "compare": [], "eval": ["x", "--recipe", "demo"]}.get(command, arguments[:1])
+        first = {"doctor": [], "compare": [], "eval": ["--policy", "x", "--recipe", "demo"]}.get(command, arguments[:1])
         with pytest.raises(SystemExit):
             main([command, *first, "--help"])
         shown = capsys.readouterr().out
@@ -275,9 +277,9 @@ def test_the_readme_is_right(uninterrupted, capsys):
         (["trian", "demo"], 2, "did you mean 'train'"),
         (["run"], 2, "name a recipe first"),
         (["run", "dmeo", "--run-dir", "x"], 1, "did you mean 'demo'"),
-        (["eval", "nowhere/policy", "--out", "x"], 2, "lies in no run folder"),
-        (["eval", "nowhere/policy", "--recipe", "demo", "--out", "x"], 1, "no such file"),
-        (["train", "demo", "--from", "nowhere", "--run-dir", "RUN"], 1, "no such file"),
+        (["eval", "--policy", "nowhere/policy", "--out", "x"], 2, "lies in no run folder"),
+        (["eval", "--policy", "nowhere/policy", "--recipe", "demo", "--out", "x"], 1, "no such file"),
+        (["train", "demo", "--policy", "nowhere", "--run-dir", "RUN"], 1, "no such file"),
         (["sft", "demo", "--dataset", "nowhere", "--run-dir", "RUN"], 1, "nowhere"),
         (["compare", "nowhere", "x"], 1, "holds no eval.json"),
         (["run", "demo", "--run-dir", "RUN", "--evaluation.split", "tset"], 2, ""),

@@ -191,5 +191,5 @@ def test_what_cannot_be_steered_is_refused_before_a_run():
     endless = replace(SPEC, action=replace(SPEC.action, high=(1.0, float("inf"))))
     with pytest.raises(ValueError, match="finite action bounds"):
         check_stages(config, endless, make_policy("flow_mlp"))
-    with pytest.raises(ValueError, match="give it with --from"):
+    with pytest.raises(ValueError, match="give it with --policy"):
         build_learner(AGENTS["expo"], SPEC, 2, policy=None, dataset=None, seed=0)

@@ -11,6 +11,7 @@ from vla_rl.envs.two_way_reach import make_two_way_reach
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.flow import FlowSamplerConfig
 from vla_rl.flow.sampler import FlowSampler, GaussianSampler
+from vla_rl.onpolicy import PPO, PPOConfig
 from vla_rl.policies.flow_mlp import FlowMLP, FlowMLPConfig
 from vla_rl.policies.gaussian import GaussianMLP, GaussianMLPConfig
 from vla_rl.rollout.collector import RolloutCollector
@@ -268,3 +269,22 @@ def test_final_frames_are_encoded_in_the_row_of_their_environment():
     final = blocks.bootstrap_features[blocks.bootstrap_index[0]]
     assert final[:, 0].tolist() == [float(s) for s in seeds]
     torch.testing.assert_close(blocks.bootstrap_features, batch.bootstrap_features)
+
+
+def test_prefixes_beyond_the_bound_are_encoded_again_with_the_same_update():
+    def update(gib):
+        sampler = make_sampler(state_dim=5)
+        collector = RolloutCollector(make_two_way_reach(4), sampler, execution_horizon=4, seed=0, prefix_cache_gib=gib)
+        batch = collector.collect(3)
+        assert (batch.prefix is None) == (gib == 0.0)
+        assert (batch.inputs is None) == (gib > 0.0)
+        kept = batch.inputs if batch.prefix is None else batch.prefix
+        assert kept is not None
+        cached = collector.metrics()["rollout/prefix_cache_gib"]
+        assert cached == kept.num_bytes / 2**30 > 0.0
+        metrics = PPO(sampler, PPOConfig(num_decisions=3, critic_warmup_iterations=0)).update(batch)
+        return metrics, next(iter(sampler.policy.parameters())).detach().clone()
+
+    (kept, weights), (again, same_weights) = update(1.0), update(0.0)
+    assert kept == pytest.approx(again)
+    torch.testing.assert_close(weights, same_weights)

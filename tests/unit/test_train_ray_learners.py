@@ -54,7 +54,7 @@ def start(tmp_path_factory):
 
 
 def arguments(start, run_dir, *more):
-    return ["train", RECIPE, "--from", str(start), "--run-dir", str(run_dir), *more]
+    return ["train", RECIPE, "--policy", str(start), "--run-dir", str(run_dir), *more]
 
 
 def test_the_same_run_as_with_torchrun(start, tmp_path):

@@ -45,7 +45,7 @@ class SteeredLearner(AgentLearner):
         """Raises CheckpointError where the state is of another agent, or was learned on another base policy."""
         if state["base_policy"] != self._cache.fingerprint():
             raise CheckpointError(
-                "the stored run steers another base policy; resume with the one that it began with (--from)"
+                "the stored run steers another base policy; resume with the one that it began with (--policy)"
             )
         super().load_state_dict(state)
 

@@ -17,7 +17,9 @@ from torch import Tensor
 from vla_rl.core import ChunkStep, EnvSpec, Observation
 from vla_rl.flow.noise import RowNoise
 from vla_rl.flow.sampler import ChunkSampler
-from vla_rl.protocols import PolicyInputs, Prefix
+from vla_rl.protocols import HasVisionTokens, PolicyInputs, Prefix
+
+DEFAULT_PREFIX_CACHE_GIB = 8.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class EpisodeStats:
 class RolloutBatch:
     """T decisions of N environments. "Rows" are decisions flattened in time order: row = t * N + n.
 
-    `prefix`: rows, where the encoder is frozen; else None and `inputs` holds what to encode again.
+    `prefix`: rows, where the encoder is frozen and they fit into memory; else None and `inputs` holds what to encode
+    again, with the image tokens of a frozen vision tower in the place of pictures.
     `features`: float32 rows [T*N, F], what the critic sees. `trace`: rows.
     `rewards` float32, `executed` bool: [T, N, K]. `terminated`, `truncated`, `success`: bool [T, N].
     `valid`: bool [T, N], at least one step of the chunk was executed by the policy.
@@ -152,7 +155,9 @@ class Collector(Protocol):
 class _Window:
     """What one call of `collect` gathers."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_decisions: int) -> None:
+        self.num_decisions = num_decisions  # at most
+        self.keeps_prefix = False
         self.features: list[Tensor] = []
         self.prefixes: list[Prefix] = []
         self.inputs: list[PolicyInputs] = []
@@ -175,6 +180,8 @@ class RolloutCollector:
     `policy_batch_size`: the policy always gets that many rows, and an environment always sits in the same one of them;
     None gives it all environments at once. The same row of a matrix product can round differently in a batch of another
     shape: with a size, a slice has the same transitions bit for bit; without, to rounding.
+    `prefix_cache_gib`: prefixes of a frozen encoder are kept for the update's epochs if a whole window of them takes no
+    more; else the update encodes the inputs again. The result is the same to rounding.
     """
 
     def __init__(
@@ -187,6 +194,7 @@ class RolloutCollector:
         env_seeds: Sequence[int] | None = None,
         first_env: int = 0,
         policy_batch_size: int | None = None,
+        prefix_cache_gib: float = DEFAULT_PREFIX_CACHE_GIB,
         device: torch.device | str = "cpu",
     ) -> None:
         policy = sampler.policy
@@ -201,6 +209,8 @@ class RolloutCollector:
         self.sampler = sampler
         self.execution_horizon = execution_horizon
         self.policy_version = 0
+        self._cache_bytes = int(prefix_cache_gib * 2**30)
+        self._last_cached_bytes = 0
         self.policy_batch_size, self._fixed_rows = policy_batch_size or env.num_envs, policy_batch_size is not None
         self._env_seeds = list(env_seeds) if env_seeds is not None else make_env_seeds(seed, env.num_envs, first_env)
         self._noise_seed, self._num_windows = seed, 0
@@ -222,7 +232,8 @@ class RolloutCollector:
         return self.env.spec
 
     def metrics(self) -> dict[str, float]:
-        return {}
+        """GiB that the last window's prefixes, or inputs, take."""
+        return {"rollout/prefix_cache_gib": self._last_cached_bytes / 2**30}
 
     def close(self) -> None:
         self.env.close()
@@ -235,7 +246,7 @@ class RolloutCollector:
             raise ValueError("collect needs an environment with auto_reset=True; collect_episodes does not")
         if self._obs is None:
             self._reset(self._env_seeds)
-        window = _Window()
+        window = _Window(num_decisions)
         for t in range(num_decisions):
             step = self._decide(window)
             window.executed.append(step.executed)
@@ -251,7 +262,7 @@ class RolloutCollector:
         if self.env.spec.max_episode_steps is None:
             raise ValueError(f"{self.env.spec.name} has no max_episode_steps; collect_episodes would not end")
         self._reset(seeds)
-        window = _Window()
+        window = _Window(-(-self.env.spec.max_episode_steps // self.execution_horizon))
         alive = torch.ones(self.env.num_envs, dtype=torch.bool, device=self._observed().state.device)
         while bool(alive.any()):
             step = self._decide(window)
@@ -306,19 +317,23 @@ class RolloutCollector:
         if inputs is None:
             inputs = policy.preprocess(self._observed())
         if prefix is None or (fresh and not policy.encoder_is_frozen):
+            inputs = self._looked_at(inputs)
             prefix = self._encode(inputs)
+        if fresh:
+            needed = window.num_decisions * prefix.num_bytes
+            window.keeps_prefix = policy.encoder_is_frozen and needed <= self._cache_bytes
         normalized, trace = self._sample(prefix, decision=len(window.traces))
         actions = policy.unnormalize_actions(normalized)[:, : self.execution_horizon]
         step = self.env.step(actions.to(self._observed().state.device))
         window.traces.append(trace)
         window.features.append(prefix.pooled)
-        if policy.encoder_is_frozen:
+        if window.keeps_prefix:
             window.prefixes.append(prefix)
         else:
             window.inputs.append(inputs)
         window.steps.append(step)
         self._obs = step.obs
-        self._inputs = inputs = policy.preprocess(step.obs)
+        self._inputs = inputs = self._looked_at(policy.preprocess(step.obs))
         self._prefix = self._encode(inputs)
         return step
 
@@ -331,6 +346,13 @@ class RolloutCollector:
         if len(draws) == 1:
             return draws[0]
         return torch.cat([d[0] for d in draws]), type(draws[0][1]).concatenate([d[1] for d in draws])
+
+    def _looked_at(self, inputs: PolicyInputs) -> PolicyInputs:
+        """With image tokens in the place of pictures, where a frozen vision tower makes them."""
+        policy = self.sampler.policy
+        if inputs.image_tokens is None and isinstance(policy, HasVisionTokens) and policy.vision_is_frozen:
+            return policy.with_image_tokens(inputs)
+        return inputs
 
     def _encode(self, inputs: PolicyInputs, env_ids: Tensor | None = None) -> Prefix:
         """`inputs` of all environments, or of `env_ids` (ascending), each in the row of the policy's batch that is its
@@ -379,7 +401,8 @@ class RolloutCollector:
 
     def _batch(self, window: _Window) -> RolloutBatch:
         self._num_windows += 1
-        frozen = self.sampler.policy.encoder_is_frozen
+        kept = [*window.prefixes, *window.inputs]
+        self._last_cached_bytes = sum(x.num_bytes for x in kept)
         features = torch.cat(window.features)
         device = features.device
         executed = torch.stack(window.executed).to(device)
@@ -393,8 +416,8 @@ class RolloutCollector:
         bootstrap = window.bootstrap_features
         trace_type = type(window.traces[0])
         return RolloutBatch(
-            prefix=Prefix.concatenate(window.prefixes) if frozen else None,
-            inputs=None if frozen else PolicyInputs.concatenate(window.inputs),
+            prefix=Prefix.concatenate(window.prefixes) if window.keeps_prefix else None,
+            inputs=None if window.keeps_prefix else PolicyInputs.concatenate(window.inputs),
             features=features,
             trace=trace_type.concatenate(window.traces),
             rewards=torch.stack([s.rewards for s in window.steps]).to(device),

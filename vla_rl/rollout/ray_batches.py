@@ -12,11 +12,25 @@ from torch import Tensor
 from vla_rl.flow.sampler import GaussianTrace
 from vla_rl.flow.trace import FlowTrace
 from vla_rl.onpolicy.fpo import FPOTrace
-from vla_rl.protocols import PolicyInputs, Prefix
+from vla_rl.onpolicy.tokens import TokenTrace
+from vla_rl.protocols import PolicyInputs, Prefix, PrefixKV
 from vla_rl.rollout.collector import EpisodeStats, RolloutBatch
 
 T = TypeVar("T")
-_KINDS = {k.__name__: k for k in (RolloutBatch, EpisodeStats, Prefix, PolicyInputs, FlowTrace, FPOTrace, GaussianTrace)}
+_KINDS = {
+    k.__name__: k
+    for k in (
+        RolloutBatch,
+        EpisodeStats,
+        Prefix,
+        PrefixKV,
+        PolicyInputs,
+        FlowTrace,
+        FPOTrace,
+        GaussianTrace,
+        TokenTrace,
+    )
+}
 
 
 def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
@@ -34,6 +48,9 @@ def _joined(values: Sequence[Any], join: Callable[[list[Tensor]], Tensor]) -> An
         return type(first)(**{name: _joined([getattr(v, name) for v in values], join) for name in names})  # pyright: ignore[reportCallIssue]
     if isinstance(first, Mapping):
         return {key: _joined([v[key] for v in values], join) for key in first}
+    if isinstance(first, tuple):
+        items = [_joined(list(column), join) for column in zip(*values, strict=True)]
+        return PrefixKV(*items) if isinstance(first, PrefixKV) else tuple(items)
     return first
 
 
@@ -92,13 +109,19 @@ def to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"kind": type(value).__name__, "fields": fields}
+    if isinstance(value, PrefixKV):
+        return {"kind": "PrefixKV", "fields": value._asdict()}
     if isinstance(value, Mapping):
         return {"kind": "mapping", "fields": {key: to_plain(item) for key, item in value.items()}}
+    if isinstance(value, tuple):
+        return [to_plain(item) for item in value]
     return value
 
 
 def from_plain(value: Any) -> Any:
     """What `to_plain` was given."""
+    if isinstance(value, list):
+        return tuple(from_plain(item) for item in value)
     if not isinstance(value, dict):
         return value
     fields = {key: from_plain(item) for key, item in value["fields"].items()}

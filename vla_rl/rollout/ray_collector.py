@@ -27,7 +27,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from vla_rl.envs.vector import episode_seed
 from vla_rl.flow.sampler import ChunkSampler
-from vla_rl.rollout.collector import RolloutBatch, make_env_seeds
+from vla_rl.rollout.collector import DEFAULT_PREFIX_CACHE_GIB, RolloutBatch, make_env_seeds
 from vla_rl.rollout.ray_batches import from_plain, join_envs, map_tensors, to_plain
 from vla_rl.rollout.ray_config import RolloutConfig
 from vla_rl.rollout.ray_simulators import DIED, MAX_DEATHS, MakeEnv
@@ -63,6 +63,7 @@ class RayRolloutCollector:
         config: RolloutConfig,
         env_seeds: Sequence[int] | None = None,
         first_env: int = 0,
+        prefix_cache_gib: float = DEFAULT_PREFIX_CACHE_GIB,
         device: torch.device | str = "cpu",
     ) -> None:
         self.num_envs, self.config, self.policy_version = num_envs, config, 0
@@ -77,6 +78,7 @@ class RayRolloutCollector:
                 seed=seed,
                 env_seeds=self._env_seeds[s.start : s.stop],
                 policy_batch_size=config.policy_batch_size,
+                prefix_cache_gib=prefix_cache_gib * len(s) / num_envs,
                 num_threads=max(1, int(config.cpus_for_inference if config.is_shared else config.cpus_per_worker)),
                 on_gpu=(config.gpus_for_inference if config.is_shared else config.gpus_per_worker) > 0,
                 simulators=config if config.is_shared else None,

@@ -33,6 +33,7 @@ class WorkerOptions:
     seed: int
     env_seeds: Sequence[int]
     policy_batch_size: int | None
+    prefix_cache_gib: float
     num_threads: int
     on_gpu: bool
     simulators: RolloutConfig | None = None
@@ -87,6 +88,7 @@ class RolloutWorker:
             env_seeds=options.env_seeds,
             first_env=options.first_env,
             policy_batch_size=options.policy_batch_size,
+            prefix_cache_gib=options.prefix_cache_gib,
             device=device,
         )
 

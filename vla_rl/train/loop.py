@@ -24,7 +24,7 @@ from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.native import save_policy
 from vla_rl.progress import Progress
 from vla_rl.protocols import Learner
-from vla_rl.rollout.collector import Collector, RolloutCollector
+from vla_rl.rollout.collector import DEFAULT_PREFIX_CACHE_GIB, Collector, RolloutCollector
 from vla_rl.rollout.ray_config import RolloutConfig
 from vla_rl.train.checkpoint import CheckpointError, load_state, require_same_config, save_state
 from vla_rl.train.demo_source import DatasetDemos
@@ -53,8 +53,8 @@ class TrainConfig:
 
     `num_envs` environments execute `execution_horizon` steps of each chunk. `algorithm`: PPO or GRPO; its seed decides
     the whole stage. `sampler`: how the policy explores. `freeze_encoder`: features are computed once a decision and
-    kept through the update. `eval_interval`: iterations between evaluations (0: none), `checkpoint_interval` between
-    saves; both also happen at the end.
+    kept through the update, if a window of them takes no more than `prefix_cache_gib`. `eval_interval`:
+    iterations between evaluations (0: none), `checkpoint_interval` between saves; both also happen at the end.
     """
 
     num_iterations: int = 100
@@ -64,6 +64,7 @@ class TrainConfig:
     sampler: SamplerConfig = field(default_factory=FlowSamplerConfig)
     step_weighting: DenoisingDiscount | None = None
     freeze_encoder: bool = True
+    prefix_cache_gib: float = DEFAULT_PREFIX_CACHE_GIB
     eval_interval: int = 0
     checkpoint_interval: int = 10
 
@@ -211,6 +212,7 @@ def make_collector(make_env: MakeEnv, sampler: ChunkSampler, config: TrainConfig
             seed=seed,
             first_env=envs.start,
             policy_batch_size=rollout.policy_batch_size,
+            prefix_cache_gib=config.prefix_cache_gib,
             device=device,
         )
     try:
@@ -225,6 +227,7 @@ def make_collector(make_env: MakeEnv, sampler: ChunkSampler, config: TrainConfig
         seed=seed,
         first_env=envs.start,
         config=rollout,
+        prefix_cache_gib=config.prefix_cache_gib,
         device=device,
     )
 

@@ -41,7 +41,7 @@ def build_learner(
     """A learner for the environment of `spec`. `policy`: what a `PolicyLearnerConfig` improves and a `SteeringConfig`
     steers. `dataset`: statistics of the state for an agent of its own (None: the state is taken as it is)."""
     if isinstance(config, PolicyLearnerConfig | SteeringConfig) and policy is None:
-        raise ValueError("this recipe improves a fine-tuned policy; give it with --from")
+        raise ValueError("this recipe improves a fine-tuned policy; give it with --policy")
     if isinstance(config, SteeringConfig):
         base: Any = policy
         require_steerable(base, horizon, spec.action)

@@ -183,9 +183,9 @@ def reinforce(
     `dataset_path`: for learning from replay, and for a behaviour-cloning term. Raises ValueError where one is missing.
     """
     if recipe.fine_tunes and policy_folder is None:
-        raise ValueError("this recipe improves a fine-tuned policy; give it with --from")
+        raise ValueError("this recipe improves a fine-tuned policy; give it with --policy")
     if policy_folder is not None and not recipe.fine_tunes:
-        raise ValueError("this recipe trains an agent of its own; leave --from out")
+        raise ValueError("this recipe trains an agent of its own; leave --policy out")
     if not isinstance(recipe.train, OffPolicyConfig):
         assert policy_folder is not None
         return _reinforce_on_policy(recipe, recipe.train, policy_folder, run_dir, resume, dataset_path)
