@@ -81,6 +81,11 @@ def test_dual_clip_by_hand():
     assert clipped_loss(ratio, advantage, 0.2, 3.0).tolist() == pytest.approx([3.0, 2.0, -1.2])
 
 
+def test_clip_higher_by_hand():
+    ratio, advantage = torch.tensor([1.5, 1.25, 0.5, 0.5]), torch.tensor([1.0, 1.0, 1.0, -1.0])
+    assert clipped_loss(ratio, advantage, 0.2, None, 0.28).tolist() == pytest.approx([-1.28, -1.25, -0.5, 0.8])
+
+
 def test_value_loss_by_hand():
     values, old, target = torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([3.0])
     assert value_loss(values, old, target, None, None).item() == pytest.approx(2.0)
@@ -300,7 +305,15 @@ def test_divergence_is_raised_before_parameters_change(poison):
 
 
 @pytest.mark.parametrize(
-    "options", [{"clip": 0.0}, {"dual_clip": 0.5}, {"num_epochs": 0}, {"entropy_coef": -1.0}, {"bc_coef": -1.0}]
+    "options",
+    [
+        {"clip": 0.0},
+        {"clip_high": 0.0},
+        {"dual_clip": 0.5},
+        {"num_epochs": 0},
+        {"entropy_coef": -1.0},
+        {"bc_coef": -1.0},
+    ],
 )
 def test_bad_options(options):
     with pytest.raises(ValueError, match=r"expected|at least"):

@@ -1,4 +1,4 @@
-"""Log-probabilities of denoising chains: the Gaussian transitions, their reductions, and divergences between them.
+"""Log-probabilities of denoising chains and of chunks: densities, their reductions, and divergences between them.
 
 All of it is computed in float32 at least, whatever the autocast: a mean that is off by one bfloat16 rounding moves the
 log-probability of a chunk by half a nat.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,21 @@ from vla_rl.flow.trace import FlowTrace
 from vla_rl.protocols import FlowPolicy, Prefix, VelocityOutput
 
 VelocityFunction = Callable[[Prefix | None, Tensor, Tensor], VelocityOutput | Tensor]
+Family = Literal["gaussian", "laplace"]
+"""Densities of one number with a mean and a standard deviation."""
 
 
 @dataclass(frozen=True)
 class LogProb:
-    """A batch of chains, scored.
+    """A batch of chains, or of chunks that were drawn at once, scored.
 
     `values`: [N, E], log-probabilities in the configured reduction, one for each PPO ratio.
     `step`: int64 [N, E], the denoising step that each of `values` belongs to, -1 where it covers several.
     `joint`: [N], the sum over all scored transitions: the true log-likelihood given the chain's start. The start itself
     is standard normal whatever the policy, and is left out: it has no gradient and cancels in every ratio.
     `entropy`: [N], mean over scored numbers of the transition's entropy, 0.5 ln(2 pi e std^2); None where std is fixed.
-    `mean`, `std`: [N, S, h, d], the scored part of the S scored transitions.
+    `mean`, `std`: [N, S, h, d], the scored part of the S scored transitions, densities of `family`.
+    `token_log_probs`: [N, E, V], where a chunk is E tokens of V bins each; `mean` and `std` are empty then.
     """
 
     values: Tensor
@@ -40,9 +43,11 @@ class LogProb:
     entropy: Tensor | None
     mean: Tensor
     std: Tensor
+    family: Family = "gaussian"
+    token_log_probs: Tensor | None = None
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> LogProb:
-        mapped: dict[str, Any] = {name: None if x is None else function(x) for name, x in vars(self).items()}
+        mapped: dict[str, Any] = {name: function(x) if isinstance(x, Tensor) else x for name, x in vars(self).items()}
         return LogProb(**mapped)
 
     def select(self, rows: Tensor) -> LogProb:
@@ -52,7 +57,9 @@ class LogProb:
     @staticmethod
     def concatenate(parts: Sequence[LogProb]) -> LogProb:
         columns: dict[str, Any] = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
-        joined: dict[str, Any] = {name: None if c[0] is None else torch.cat(c) for name, c in columns.items()}
+        joined: dict[str, Any] = {
+            name: torch.cat(c) if isinstance(c[0], Tensor) else c[0] for name, c in columns.items()
+        }
         return LogProb(**joined)
 
 
@@ -84,13 +91,55 @@ def gaussian_kl(mean: Tensor, std: Tensor, other_mean: Tensor, other_std: Tensor
     return torch.log(other_std / std) + (std**2 + (mean - other_mean) ** 2) / (2.0 * other_std**2) - 0.5
 
 
+def laplace_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Log-density of each number, shape of `x`: -|x - mean| / b - ln 2b with the scale b = std / sqrt(2)."""
+    scale = std * math.sqrt(0.5)
+    return -(x - mean).abs() / scale - torch.log(2.0 * scale)
+
+
+def laplace_entropy(std: Tensor) -> Tensor:
+    """1 + ln 2b."""
+    return 1.0 + torch.log(math.sqrt(2.0) * std)
+
+
+def laplace_kl(mean: Tensor, std: Tensor, other_mean: Tensor, other_std: Tensor) -> Tensor:
+    """KL of each number: ln(b'/b) + (b exp(-|mean - mean'| / b) + |mean - mean'|) / b' - 1."""
+    scale, other_scale, distance = std * math.sqrt(0.5), other_std * math.sqrt(0.5), (mean - other_mean).abs()
+    return torch.log(other_scale / scale) + (scale * torch.exp(-distance / scale) + distance) / other_scale - 1.0
+
+
+def categorical_entropy(log_probs: Tensor) -> Tensor:
+    """Entropy [...] of `log_probs` [..., V]; bins of probability 0 (-inf) count for nothing."""
+    return -(log_probs.exp() * torch.where(log_probs > -math.inf, log_probs, 0.0)).sum(dim=-1)
+
+
+def categorical_kl(log_probs: Tensor, other: Tensor) -> Tensor:
+    """KL [...] between distributions given as log-probabilities [..., V]; infinite where `other` excludes a bin that
+    the first does not."""
+    difference = torch.where(log_probs > -math.inf, log_probs - other, 0.0)
+    return (log_probs.exp() * difference).sum(dim=-1)
+
+
+LOG_DENSITY = {"gaussian": gaussian_log_prob, "laplace": laplace_log_prob}
+ENTROPY = {"gaussian": gaussian_entropy, "laplace": laplace_entropy}
+_KL = {"gaussian": gaussian_kl, "laplace": laplace_kl}
+
+
+def require_family(family: str) -> None:
+    """Raise ValueError for a density that there is not."""
+    if family not in get_args(Family):
+        raise ValueError(f"family is {family!r}, expected one of {', '.join(get_args(Family))}")
+
+
 def chain_kl(ours: LogProb, other: LogProb) -> Tensor:
-    """Closed-form KL of the scored transitions at the states of one chain, summed: [N].
+    """Closed-form KL of the scored transitions at the states of one chain, or at the tokens of one chunk, summed: [N].
 
     Over chains sampled from `ours` its mean is the KL between the two chain distributions (chain rule), which bounds
     that between the action distributions. For hybrid chains it is the KL at the one sampled step.
     """
-    return gaussian_kl(ours.mean, ours.std, other.mean, other.std).sum(dim=(1, 2, 3))
+    if ours.token_log_probs is not None and other.token_log_probs is not None:
+        return categorical_kl(ours.token_log_probs, other.token_log_probs).sum(dim=1)
+    return _KL[ours.family](ours.mean, ours.std, other.mean, other.std).sum(dim=(1, 2, 3))
 
 
 def k3_divergence(log_ratio: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_rl.flow.config import FlowSamplerConfig
-from vla_rl.flow.likelihood import LogProb, gaussian_entropy, gaussian_log_prob, log_prob
+from vla_rl.flow.likelihood import ENTROPY, LOG_DENSITY, Family, LogProb, log_prob, require_family
 from vla_rl.flow.noise import NoiseSource, draw_normal
 from vla_rl.flow.sampling import sample_chain
 from vla_rl.protocols import FlowPolicy, GaussianPolicy, Prefix, chunk_shape
@@ -31,9 +32,9 @@ class ChunkSampler(Protocol):
 
     policy: Any
     has_transitions: bool
-    """Scores are densities with a mean and a standard deviation: a KL to a reference can be formed."""
+    """Scores hold whole distributions: a KL to a reference can be formed."""
     has_entropy: bool
-    """The standard deviation is learned."""
+    """How widely it explores is learned."""
 
     def sample(self, prefix: Prefix, generator: NoiseSource) -> tuple[Tensor, Any]:
         """Normalised actions [N, H, A] and their trace."""
@@ -102,28 +103,35 @@ class GaussianTrace:
 
 
 class GaussianSampler:
-    """Chunks of a diagonal Gaussian policy. `scored_horizon`: the action steps that count (None: all)."""
+    """Chunks of a `GaussianPolicy`, with its mean and standard deviation in a Gaussian or, as suits heads that were
+    fitted by absolute error, a Laplace density. `scored_horizon`: the action steps that count (None: all)."""
 
     has_transitions = has_entropy = True
 
-    def __init__(self, policy: GaussianPolicy, scored_horizon: int | None = None) -> None:
+    def __init__(self, policy: GaussianPolicy, scored_horizon: int | None = None, family: Family = "gaussian") -> None:
         horizon = policy.action_horizon if scored_horizon is None else scored_horizon
         if not 1 <= horizon <= policy.action_horizon:
             raise ValueError(f"scored_horizon is {horizon}, expected 1..{policy.action_horizon}")
+        require_family(family)
         self.policy = policy
+        self.family: Family = family
         self.scored_horizon = horizon
 
     def _score(self, prefix: Prefix, actions: Tensor) -> LogProb:
-        mean, std = (x.float()[:, : self.scored_horizon] for x in self.policy.distribution(prefix))
-        joint = gaussian_log_prob(actions[:, : self.scored_horizon], mean, std).sum(dim=(1, 2))
+        h, d = self.scored_horizon, self.policy.action_dim  # padding reaches no environment
+        mean, std = self.policy.distribution(prefix)
+        mean, std = mean.float()[:, :h, :d], std.float().expand_as(mean)[:, :h, :d]
+        joint = LOG_DENSITY[self.family](actions[:, :h, :d], mean, std).sum(dim=(1, 2))
         no_step = torch.full((len(actions), 1), -1, dtype=torch.int64, device=actions.device)
-        entropy = gaussian_entropy(std).expand_as(mean).mean(dim=(1, 2))
-        return LogProb(joint[:, None], no_step, joint, entropy, mean[:, None], std.expand_as(mean)[:, None])
+        entropy = ENTROPY[self.family](std).mean(dim=(1, 2))
+        return LogProb(joint[:, None], no_step, joint, entropy, mean[:, None], std[:, None], self.family)
 
     @torch.no_grad()
     def sample(self, prefix: Prefix, generator: NoiseSource) -> tuple[Tensor, GaussianTrace]:
         mean, std = self.policy.distribution(prefix)
         noise = draw_normal(mean.shape, generator, mean.device)
+        if self.family == "laplace":
+            noise = laplace_of_normal(noise)
         actions = mean.float() + std.float() * noise
         score = self._score(prefix, actions)
         return actions, GaussianTrace(actions, score.values, score.joint)
@@ -133,3 +141,9 @@ class GaussianSampler:
 
     def joint_clip(self, clip: float) -> float:
         return clip
+
+
+def laplace_of_normal(noise: Tensor) -> Tensor:
+    """Standard normal numbers to Laplace ones of unit variance with the same quantiles (exact far into the tails)."""
+    tail = torch.special.erfc(noise.double().abs() * math.sqrt(0.5))  # 2 (1 - Phi(|z|))
+    return (-torch.log(tail) * math.sqrt(0.5)).copysign(noise.double()).to(noise.dtype)

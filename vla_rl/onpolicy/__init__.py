@@ -6,6 +6,7 @@ from vla_rl.onpolicy.dppo import DenoisingDiscount
 from vla_rl.onpolicy.fpo import FPOConfig, FPOSampler
 from vla_rl.onpolicy.grpo import GRPO, GRPOConfig
 from vla_rl.onpolicy.ppo import PPO, PPOConfig, flow_sampler
+from vla_rl.onpolicy.tokens import TokenSampler, TokenSamplerConfig
 
 __all__ = [
     "GRPO",
@@ -20,5 +21,7 @@ __all__ = [
     "FPOSampler",
     "GRPOConfig",
     "PPOConfig",
+    "TokenSampler",
+    "TokenSamplerConfig",
     "flow_sampler",
 ]

@@ -6,23 +6,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from vla_rl.flow.config import FlowSamplerConfig
+from vla_rl.flow.likelihood import Family, require_family
 from vla_rl.flow.sampler import ChunkSampler, GaussianSampler
 from vla_rl.onpolicy.actor import DemoSource
 from vla_rl.onpolicy.dppo import DenoisingDiscount
 from vla_rl.onpolicy.fpo import FPOConfig, FPOSampler
 from vla_rl.onpolicy.grpo import GRPO, GRPOConfig
 from vla_rl.onpolicy.ppo import PPO, PPOConfig, flow_sampler
-from vla_rl.protocols import FlowPolicy, GaussianPolicy, require
+from vla_rl.onpolicy.tokens import TokenSampler, TokenSamplerConfig
+from vla_rl.protocols import FlowPolicy, GaussianPolicy, TokenPolicy, require
 
 
 @dataclass(frozen=True)
 class GaussianSamplerConfig:
-    """`scored_horizon`: the action steps that count, those executed (None: all)."""
+    """`scored_horizon`: the action steps that count, those executed (None: all). `family`: "gaussian", or "laplace"
+    with the same mean and standard deviation."""
 
     scored_horizon: int | None = None
+    family: Family = "gaussian"
+
+    def __post_init__(self) -> None:
+        require_family(self.family)
 
 
-SamplerConfig = FlowSamplerConfig | FPOConfig | GaussianSamplerConfig
+SamplerConfig = FlowSamplerConfig | FPOConfig | GaussianSamplerConfig | TokenSamplerConfig
 AlgorithmConfig = PPOConfig | GRPOConfig
 
 
@@ -33,8 +40,11 @@ def build_sampler(policy: Any, config: SamplerConfig, *, seed: int) -> ChunkSamp
     if isinstance(config, FPOConfig):
         require(policy, FlowPolicy, by="FPO")
         return FPOSampler(policy, config)
+    if isinstance(config, TokenSamplerConfig):
+        require(policy, TokenPolicy, by="the token sampler")
+        return TokenSampler(policy, config)
     require(policy, GaussianPolicy, by="the Gaussian sampler")
-    return GaussianSampler(policy, config.scored_horizon)
+    return GaussianSampler(policy, config.scored_horizon, config.family)
 
 
 def build_learner(
