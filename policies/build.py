@@ -12,11 +12,23 @@ from vla_rl.core import EnvSpec
 from vla_rl.policies.checkpoints.native import policy_class_of
 from vla_rl.policies.flow_mlp import FlowMLPConfig
 from vla_rl.policies.gaussian import GaussianMLPConfig
+from vla_rl.policies.hf_vlm import HFFlowConfig, HFTokenConfig
+from vla_rl.policies.openvla import OpenVLAConfig
+from vla_rl.policies.openvla_oft import OpenVLAOFTConfig, OpenVLAOFTTokensConfig
 from vla_rl.policies.pi0 import Pi0Config
 from vla_rl.policies.smolvla import SmolVLAConfig
 from vla_rl.policies.tiny import TinyVLAConfig
 
-PolicyConfig = TinyVLAConfig | FlowMLPConfig | GaussianMLPConfig | Pi0Config | SmolVLAConfig
+PolicyConfig = (
+    TinyVLAConfig
+    | FlowMLPConfig
+    | GaussianMLPConfig
+    | Pi0Config
+    | SmolVLAConfig
+    | OpenVLAConfig
+    | OpenVLAOFTConfig
+    | OpenVLAOFTTokensConfig
+)
 
 
 def build_policy(config: Any, spec: EnvSpec, *, seed: int, device: torch.device | str = "cpu") -> nn.Module:

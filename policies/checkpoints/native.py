@@ -33,7 +33,15 @@ _REGISTRY: dict[str, tuple[type | str, type | str]] = {
     "steered": ("vla_rl.policies.steered:SteeredPolicy", "vla_rl.policies.steered:SteeredPolicyConfig"),
     "pi0": ("vla_rl.policies.pi0:Pi0", "vla_rl.policies.pi0:Pi0Config"),
     "smolvla": ("vla_rl.policies.smolvla:SmolVLA", "vla_rl.policies.smolvla:SmolVLAConfig"),
+    "openvla": ("vla_rl.policies.openvla:OpenVLA", "vla_rl.policies.openvla:OpenVLAConfig"),
+    "openvla_oft": ("vla_rl.policies.openvla_oft:OpenVLAOFT", "vla_rl.policies.openvla_oft:OpenVLAOFTConfig"),
+    "openvla_oft_tokens": (
+        "vla_rl.policies.openvla_oft:OpenVLAOFTTokens",
+        "vla_rl.policies.openvla_oft:OpenVLAOFTTokensConfig",
+    ),
     "flow_mlp": ("vla_rl.policies.flow_mlp:FlowMLP", "vla_rl.policies.flow_mlp:FlowMLPConfig"),
+    "hf_flow": ("vla_rl.policies.hf_vlm:HFFlowPolicy", "vla_rl.policies.hf_vlm:HFFlowConfig"),
+    "hf_token": ("vla_rl.policies.hf_vlm:HFTokenPolicy", "vla_rl.policies.hf_vlm:HFTokenConfig"),
 }
 
 

@@ -1,0 +1,208 @@
+"""OpenVLA: a vision-language model that writes actions as tokens, one after the other (Kim et al. 2024).
+
+`encode` leaves keys and values of everything up to the last token of the prompt; decoding starts from that token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from vla_rl.core import ActionChunk, Observation
+from vla_rl.data.normalization import Normalizer
+from vla_rl.policies.blocks.action_tokens import NUM_BINS, actions_of_bins, bins_of_actions, pick_bins, token_loss
+from vla_rl.policies.blocks.decoder import DecoderLayer, block_mask, positions_of
+from vla_rl.policies.blocks.flow_matching import masked_mean
+from vla_rl.policies.blocks.prismatic import (
+    Prismatic,
+    PrismaticConfig,
+    PrismaticInputsConfig,
+    build_inputs,
+    crop_inputs,
+    inputs_7b,
+    is_frozen,
+    pooled_features,
+    prismatic_7b,
+)
+from vla_rl.policies.blocks.sizes import require_sizes
+from vla_rl.policies.blocks.tokenizer import TokenizerConfig
+from vla_rl.protocols import PolicyInputs, Prefix, PrefixKV
+
+
+@dataclass(frozen=True)
+class OpenVLAConfig:
+    """`state_dim`, `action_dim`: 0 in a recipe, where `build_policy` takes them from the environment, `cameras` too.
+    The state is a feature for critics alone. `chunk_dim`: action dimensions of the model, zeros where there are fewer.
+
+    `temperature`: of the deployed policy; 0 takes the most probable token.
+    """
+
+    state_dim: int = 0
+    action_dim: int = 0
+    cameras: tuple[str, ...] = ("agent",)
+    action_horizon: int = 1
+    chunk_dim: int = 7
+    temperature: float = 0.0
+    vlm: PrismaticConfig = field(default_factory=PrismaticConfig)
+    inputs: PrismaticInputsConfig = field(default_factory=PrismaticInputsConfig)
+
+    def __post_init__(self) -> None:
+        if self.action_horizon < 1 or self.temperature < 0.0:
+            raise ValueError("OpenVLAConfig: action_horizon must be at least 1 and temperature at least 0")
+        if self.vlm.film:
+            raise ValueError("OpenVLAConfig: FiLM belongs to OpenVLA-OFT; leave film_width at 0")
+
+
+def openvla_7b_size(tokenizer: TokenizerConfig | None = None) -> OpenVLAConfig:
+    """The published model. `tokenizer`: that of Llama 2; without one, bytes stand in for it."""
+    return OpenVLAConfig(vlm=prismatic_7b(), inputs=inputs_7b(tokenizer or TokenizerConfig(max_tokens=160)))
+
+
+class OpenVLA(nn.Module):
+    """Implements `TokenPolicy`, `HasVisionTokens` and `HasSupervisedLoss` of `vla_rl.protocols`."""
+
+    num_bins = NUM_BINS
+
+    def __init__(self, config: OpenVLAConfig) -> None:
+        super().__init__()
+        require_sizes(config)
+        self.config = config
+        self.action_horizon, self.noise_dim = config.action_horizon, config.chunk_dim
+        self.action_dim = config.action_dim
+        self.feature_dim = config.vlm.decoder.width + config.state_dim
+        self.inputs = build_inputs(
+            config.inputs,
+            config.vlm,
+            config.cameras,
+            state_dim=config.state_dim,
+            action_dim=config.action_dim,
+            chunk_dim=config.chunk_dim,
+        )
+        self.vlm = Prismatic(config.vlm)
+
+    # ------------------------------------------------------------------------------------------- inputs and actions
+    def set_normalization(self, state: Normalizer, action: Normalizer) -> None:
+        """Normalisers of the state [S] and of one control step's action [A]."""
+        self.inputs.set_normalization(state, action)
+
+    def preprocess(self, obs: Observation) -> PolicyInputs:
+        """Raises ValueError where a camera is missing, the state has another size or a prompt is too long."""
+        return crop_inputs(self.inputs(obs), self.config.inputs.center_crop)
+
+    def normalize_actions(self, actions: Tensor) -> Tensor:
+        return self.config.inputs.gripper.to_model(self.inputs.normalize_actions(actions), self.action_dim - 1)
+
+    def unnormalize_actions(self, actions: Tensor) -> Tensor:
+        """Inverse of `normalize_actions`, but for a binary gripper."""
+        return self.inputs.unnormalize_actions(self.config.inputs.gripper.to_environment(actions, self.action_dim - 1))
+
+    # ------------------------------------------------------------------------------------------------- the encoder
+    @property
+    def vision_is_frozen(self) -> bool:
+        return is_frozen((self.vlm.vision, self.vlm.projector))
+
+    @property
+    def encoder_is_frozen(self) -> bool:
+        return is_frozen(self._encoder())
+
+    def freeze_encoder(self) -> None:
+        """All that the prefix depends on, which leaves the last layer's queries, output and feed-forward, the last norm
+        and the head."""
+        for module in self._encoder():
+            module.requires_grad_(False)
+
+    def with_image_tokens(self, inputs: PolicyInputs) -> PolicyInputs:
+        return replace(inputs, images={}, image_tokens=self._image_tokens(inputs))
+
+    def encode(self, inputs: PolicyInputs) -> Prefix:
+        """Keys and values of first token, pictures and prompt; the prompt's last token, which decoding starts from, is
+        masked out. `pooled`: mean of the hidden states that enter the last layer, and the state."""
+        x, counts = self.vlm.embed(inputs.tokens, self._image_tokens(inputs))
+        index = torch.arange(x.shape[1], device=x.device)
+        mask = counts & (index != counts.sum(dim=1, keepdim=True) - 1)
+        causal = block_mask(mask, torch.ones(x.shape[1], dtype=torch.bool, device=x.device))
+        hidden, layers = self.vlm.decoder.prefill(x, positions_of(mask), causal)
+        tokens = torch.empty(*mask.shape, 0, device=x.device)
+        return Prefix(tokens, mask, pooled_features(hidden, mask, inputs.state), layers)
+
+    # ---------------------------------------------------------------------------------------------------- decoding
+    def sample_tokens(self, prefix: Prefix, draw: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Bins int64 [N, H * D], each decoded from the cache of all before it."""
+        layers, token = prefix.layers, self._start(prefix)
+        drawn: list[Tensor] = []
+        for position in range(self.action_horizon * self.noise_dim):
+            hidden, own = self._decode(prefix, token, layers, position)
+            bins = draw(self.vlm.action_logits(hidden[:, -1]), position)
+            drawn.append(bins)
+            token = self.vlm.action_ids(bins)[:, None]
+            layers = tuple(_append(old, new) for old, new in zip(layers, own, strict=True))
+        return torch.stack(drawn, dim=1)
+
+    def token_logits(self, prefix: Prefix, bins: Tensor) -> Tensor:
+        """float32 [N, H * D, 256] for all positions in one pass, given the bins before each one."""
+        before = self.vlm.action_ids(bins[:, :-1])
+        hidden, _ = self._decode(prefix, torch.cat([self._start(prefix), before], dim=1), prefix.layers, 0)
+        return self.vlm.action_logits(hidden)
+
+    def actions_of_bins(self, bins: Tensor) -> Tensor:
+        """Bins int64 [N, H * D] -> normalised actions [N, H, D]."""
+        return actions_of_bins(bins).unflatten(1, (self.action_horizon, self.noise_dim))
+
+    @torch.no_grad()
+    def act(self, obs: Observation, noise: Tensor) -> ActionChunk:
+        """Greedy, or with `config.temperature` the bins at `Phi(noise)` of their distributions (see `pick_bins`)."""
+        prefix = self.encode(self.preprocess(obs))
+        level = noise.flatten(1).to(prefix.pooled.device)
+        bins = self.sample_tokens(
+            prefix, lambda logits, position: pick_bins(logits, level[:, position], self.config.temperature)
+        )
+        return ActionChunk(self.unnormalize_actions(self.actions_of_bins(bins)))
+
+    def supervised_loss(
+        self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Cross entropy of the action tokens [N]: mean over unpadded steps and all `chunk_dim` dimensions."""
+        del generator  # nothing is drawn; the argument belongs to the protocol
+        logits = self.token_logits(self.encode(inputs), bins_of_actions(actions).flatten(1))
+        return masked_mean(token_loss(logits, actions), mask)
+
+    # ------------------------------------------------------------------------------------------------------ details
+    def _image_tokens(self, inputs: PolicyInputs) -> Tensor:
+        if inputs.image_tokens is not None:
+            return inputs.image_tokens
+        return self.vlm.look([inputs.images[camera] for camera in self.config.cameras])
+
+    def _start(self, prefix: Prefix) -> Tensor:
+        return torch.full((len(prefix), 1), self.config.inputs.prompt.end, device=prefix.mask.device)
+
+    def _decode(
+        self, prefix: Prefix, tokens: Tensor, layers: tuple[PrefixKV, ...], position: int
+    ) -> tuple[Tensor, tuple[PrefixKV, ...]]:
+        """Hidden states of `tokens [N, L]`, the first of which stands `position` tokens after the prefix; `layers`:
+        keys and values of the prefix and of those `position` tokens."""
+        length, device = tokens.shape[1], tokens.device
+        steps = position + torch.arange(length, device=device)
+        earlier = torch.arange(position + length, device=device) <= steps[:, None]
+        mask = torch.cat([prefix.mask[:, None].expand(-1, length, -1), earlier.expand(len(prefix), -1, -1)], dim=2)
+        positions = prefix.mask.sum(dim=1, keepdim=True) + steps
+        return self.vlm.decoder(self.vlm.decoder.embed(tokens), positions, mask, prefix=layers)
+
+    def _encoder(self) -> Iterable[nn.Module]:
+        """What keys and values of the prefix depend on."""
+        decoder = self.vlm.decoder
+        last = cast(DecoderLayer, decoder.layers[-1])
+        yield from (self.vlm.vision, self.vlm.projector, decoder.embed_tokens)
+        yield from list(decoder.layers)[:-1]
+        yield from (last.input_layernorm, last.self_attn.k_proj, last.self_attn.v_proj)
+
+
+def _append(old: PrefixKV, new: PrefixKV) -> PrefixKV:
+    """Along the tokens; the dtype is that of the new ones, as in the decoder."""
+    return PrefixKV(*(torch.cat([a.to(b.dtype), b], dim=2) for a, b in zip(old, new, strict=True)))
+
+
+__all__ = ["OpenVLA", "OpenVLAConfig", "openvla_7b_size"]
