@@ -23,8 +23,10 @@ from vla_rl.envs.point_maze import PointMazeEnv
 from vla_rl.envs.remote import HostConfig, RemoteStepEnv
 from vla_rl.envs.robosuite import RobosuiteConfig
 from vla_rl.envs.tabletop import TabletopConfig, TabletopEnv
+from vla_rl.envs.task_mix import TaskMixEnv
 from vla_rl.envs.two_way_reach import TwoWayReachEnv
 from vla_rl.protocols import StepEnv
+from vla_rl.train.curriculum import CurriculumConfig, TaskCurriculum
 
 
 def _gym(mode: AutoresetMode, vector: Callable[..., VectorEnv] = SyncVectorEnv) -> Callable[[int], StepEnv]:
@@ -42,6 +44,12 @@ def _tabletop(control: str) -> Callable[[int], StepEnv]:
     return lambda num_envs: TabletopEnv("reach", num_envs, config)
 
 
+def _task_mix(num_envs: int) -> StepEnv:
+    """Tasks with equal shares whatever succeeds: an episode is then a function of its seed alone."""
+    mazes = [PointMazeEnv(num_envs, layout, "far", max_episode_steps=12) for layout in ("wall_gap", "umaze")]
+    return TaskMixEnv(mazes, TaskCurriculum(CurriculumConfig(("wall_gap", "umaze"), uniform_share=1.0)))
+
+
 DRIFT_HOST = Path(__file__).with_name("drift_host.py")
 
 ENVIRONMENTS: dict[str, Callable[[int], StepEnv]] = {
@@ -55,6 +63,7 @@ ENVIRONMENTS: dict[str, Callable[[int], StepEnv]] = {
     "two_way_reach": TwoWayReachEnv,
     "ogbench": lambda n: make_ogbench("cube-single-singletask-task1-v0", n, max_episode_steps=13).step_env,
     "point_maze": lambda n: PointMazeEnv(n, "wall_gap", "far", max_episode_steps=12),
+    "task_mix": _task_mix,
     "remote": lambda n: RemoteStepEnv(HostConfig(sys.executable, DRIFT_HOST), n, num_workers=2),
 }
 SLOW = {"ogbench"}  # half a second to make one

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vla_rl.core import ChunkStep, EnvSpec, Observation
+from vla_rl.envs.task_mix import TaskMixEnv
 from vla_rl.flow.noise import RowNoise
 from vla_rl.flow.sampler import ChunkSampler
 from vla_rl.protocols import HasVisionTokens, PolicyInputs, Prefix
@@ -232,8 +233,11 @@ class RolloutCollector:
         return self.env.spec
 
     def metrics(self) -> dict[str, float]:
-        """GiB that the last window's prefixes, or inputs, take."""
-        return {"rollout/prefix_cache_gib": self._last_cached_bytes / 2**30}
+        """GiB that the last window's prefixes, or inputs, take; with several tasks, how each fares."""
+        env = getattr(self.env, "step_env", None)
+        tasks = env.curriculum.metrics() if isinstance(env, TaskMixEnv) else {}
+        found = {"prefix_cache_gib": self._last_cached_bytes / 2**30} | tasks
+        return {f"rollout/{name}": value for name, value in found.items()}
 
     def close(self) -> None:
         self.env.close()

@@ -27,6 +27,7 @@ from vla_rl.protocols import Learner
 from vla_rl.rollout.collector import DEFAULT_PREFIX_CACHE_GIB, Collector, RolloutCollector
 from vla_rl.rollout.ray_config import RolloutConfig
 from vla_rl.train.checkpoint import CheckpointError, load_state, require_same_config, save_state
+from vla_rl.train.curriculum import CurriculumConfig
 from vla_rl.train.demo_source import DatasetDemos
 from vla_rl.train.distributed import (
     any_learner,
@@ -55,6 +56,7 @@ class TrainConfig:
     the whole stage. `sampler`: how the policy explores. `freeze_encoder`: features are computed once a decision and
     kept through the update, if a window of them takes no more than `prefix_cache_gib`. `eval_interval`:
     iterations between evaluations (0: none), `checkpoint_interval` between saves; both also happen at the end.
+    `curriculum`: episodes are of its tasks instead of the environment's one.
     """
 
     num_iterations: int = 100
@@ -67,6 +69,7 @@ class TrainConfig:
     prefix_cache_gib: float = DEFAULT_PREFIX_CACHE_GIB
     eval_interval: int = 0
     checkpoint_interval: int = 10
+    curriculum: CurriculumConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_iterations", "num_envs", "execution_horizon", "checkpoint_interval"):
