@@ -28,6 +28,8 @@ PolicyConfig = (
     | OpenVLAConfig
     | OpenVLAOFTConfig
     | OpenVLAOFTTokensConfig
+    | HFFlowConfig
+    | HFTokenConfig
 )
 
 
