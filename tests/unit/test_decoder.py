@@ -69,7 +69,8 @@ def test_equals_transformers_with_ragged_rows(config):
         # a sequence without padding needs no mask
         plain, _ = ours(ours.embed(tokens), torch.arange(9)[None], causal=True)
     assert (plain - hidden)[0].abs().max() < 1e-5
-    assert len(kept) == config.depth and kept[0].keys.shape == (3, config.num_kv_heads, 9, config.head_dim)
+    assert len(kept) == config.depth
+    assert kept[0].keys.shape == (3, config.num_kv_heads, 9, config.head_dim)
 
 
 @pytest.mark.parametrize("config", [GEMMA, LLAMA], ids=["gemma", "llama"])
@@ -105,7 +106,8 @@ def test_what_prefill_does_not_read_is_what_gets_frozen():
     unread = {name for name, p in decoder.named_parameters() if p.grad is None}
     decoder.freeze_unread()
     assert unread == {name for name, p in decoder.named_parameters() if not p.requires_grad}
-    assert "norm.weight" in unread and len(unread) == 7
+    assert "norm.weight" in unread
+    assert len(unread) == 7
 
 
 def test_layers_computed_again_give_the_same_gradients():
