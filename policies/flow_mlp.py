@@ -96,8 +96,11 @@ class FlowMLP(nn.Module):
     @torch.no_grad()
     def act(self, obs: Observation, noise: Tensor) -> ActionChunk:
         """The ODE from `noise [N, H, A]` (standard normal)."""
-        prefix = self.encode(self.preprocess(obs))
-        return ActionChunk(self.unnormalize_actions(ode(self, prefix, noise, self.config.num_steps)))
+        return ActionChunk(self.unnormalize_actions(self.chunks(self.encode(self.preprocess(obs)), noise)))
+
+    def chunks(self, prefix: Prefix, noise: Tensor) -> Tensor:
+        """Normalised chunks [N, H, A]: the ODE from `noise`."""
+        return ode(self, prefix, noise, self.config.num_steps)
 
     def supervised_loss(
         self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator

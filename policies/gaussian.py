@@ -95,15 +95,27 @@ class GaussianMLP(nn.Module):
     @torch.no_grad()
     def act(self, obs: Observation, noise: Tensor) -> ActionChunk:
         """`mean + std * noise`; zero noise is the mode."""
-        mean, std = self.distribution(self.encode(self.preprocess(obs)))
-        return ActionChunk(self.unnormalize_actions(mean + std * noise.to(mean)))
+        return ActionChunk(self.unnormalize_actions(self.chunks(self.encode(self.preprocess(obs)), noise)))
+
+    def chunks(self, prefix: Prefix, noise: Tensor) -> Tensor:
+        """Normalised chunks [N, H, A]: `mean + std * noise`."""
+        mean, std = self.distribution(prefix)
+        return mean + std * noise.to(mean)
 
     def supervised_loss(
         self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Mean over unpadded steps and dimensions of the negative log-density, or of the squared error: [N]."""
+        return self.prefix_loss(self.encode(inputs), actions, mask, generator)
+
+    def prefix_of(self, features: Tensor) -> Prefix:
+        """The features are the normalised state [N, S], which is the prefix."""
+        return state_prefix(PolicyInputs({}, torch.zeros(len(features), 0, dtype=torch.int64), features))
+
+    def prefix_loss(self, prefix: Prefix, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """`supervised_loss` of what is encoded already."""
         del generator  # nothing is drawn; the argument belongs to the protocol
-        mean, std = self.distribution(self.encode(inputs))
+        mean, std = self.distribution(prefix)
         actions = torch.where(mask.unsqueeze(-1), actions, mean.detach())
         if self.config.supervised_loss == "mse":
             return masked_mean((mean - actions).square(), mask)

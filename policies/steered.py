@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from jax import Array
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vla_rl.core import ActionChunk, ActionSpec, Observation
+from vla_rl.data.flat_prefix import FlatPrefix
 from vla_rl.data.normalization import Normalizer
-from vla_rl.flow.sampling import ode
 from vla_rl.offpolicy.arrays import to_jax, to_torch
 from vla_rl.offpolicy.build import SteeringConfig, build_steering
 from vla_rl.offpolicy.dsrl import DSRLConfig
@@ -22,10 +23,10 @@ from vla_rl.offpolicy.networks import AgentSpec
 from vla_rl.offpolicy.steering import steered_chunks
 from vla_rl.policies.blocks.deployed_agent import DeployedAgent
 from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
+from vla_rl.policies.build import PolicyConfig
 from vla_rl.policies.checkpoints.native import policy_class_of
 from vla_rl.policies.flow_mlp import FlowMLPConfig
-from vla_rl.policies.tiny import TinyVLAConfig
-from vla_rl.protocols import LearnsFromFeatures, require
+from vla_rl.protocols import LearnsFromPrefix, chunk_shape, require
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class SteeredPolicyConfig:
     """`base`: the frozen policy's own, with its sizes. `agent`: what steers it; a `DSRLConfig` is DSRL with noise
     aliasing."""
 
-    base: FlowMLPConfig | TinyVLAConfig = field(default_factory=FlowMLPConfig)
+    base: PolicyConfig = field(default_factory=FlowMLPConfig)
     agent: SteeringConfig = field(default_factory=DSRLConfig)
 
     @property
@@ -55,6 +56,7 @@ class SteeredPolicy(DeployedAgent):
         super().__init__(build_steering(config.agent, spec))
         self.config = config
         self.base: Any = policy.requires_grad_(False)
+        self._flat = FlatPrefix(policy)
         self.action_horizon, self.action_dim = spec.action_horizon, spec.action_dim
         self.action_normalizer = NormalizerBuffers(self.action_dim)
         if action_spec is not None:
@@ -72,26 +74,28 @@ class SteeredPolicy(DeployedAgent):
         return self._chunk(obs, noise, explore=True)
 
     @torch.no_grad()
-    def base_chunks(self, features: Array, noise: Array) -> Array:
-        """Features [M, F] and noise [M, H, A] -> the base policy's chunks as they are executed, in [-1, 1]."""
+    def base_chunks(self, rows: Array, noise: Array) -> Array:
+        """Rows [M, R] (`FlatPrefix`) and noise [M, H, A] -> the base policy's chunks as they are executed, in [-1, 1].
+
+        Padded dimensions of the base policy's chunk get the mean of their noise, zero.
+        """
         device = self.action_normalizer.offset.device
-        prefix = self.base.prefix_of(to_torch(features, device))
-        chunks = ode(self.base, prefix, to_torch(noise, device), self.base.config.num_steps)
+        prefix = self._flat.unflatten(to_torch(rows, device))
+        padding = chunk_shape(self.base)[1] - self.action_dim
+        chunks = self.base.chunks(prefix, functional.pad(to_torch(noise, device), (0, padding)))
         return to_jax(self.action_normalizer.normalize(self.base.unnormalize_actions(chunks)).clamp(-1.0, 1.0))
 
     @torch.no_grad()
     def _chunk(self, obs: Observation, noise: Tensor, explore: bool) -> Tensor:
-        features = to_jax(self.base.encode(self.base.preprocess(obs)).pooled)
-        chunk = steered_chunks(
-            self.agent, self.deployed_state, features, to_jax(noise), self.base_chunks, explore=explore
-        )
+        rows = to_jax(self._flat.flatten(self.base.encode(self.base.preprocess(obs))))
+        chunk = steered_chunks(self.agent, self.deployed_state, rows, to_jax(noise), self.base_chunks, explore=explore)
         return self.action_normalizer.unnormalize(to_torch(chunk, self.action_normalizer.offset.device))
 
 
 def require_steerable(policy: nn.Module | None, horizon: int, action_spec: ActionSpec) -> None:
-    """Raise TypeError for a policy that makes no chunks of noise and features, and ValueError where a chunk of the
+    """Raise TypeError for a policy that makes no chunks of noise and a prefix, and ValueError where a chunk of the
     agent, `horizon` steps, is not one of the policy, or the bounds are not finite."""
-    require(policy, LearnsFromFeatures, by="steering a frozen policy")
+    require(policy, LearnsFromPrefix, by="steering a frozen policy")
     own: Any = policy
     if horizon != own.action_horizon:
         raise ValueError(

@@ -175,7 +175,11 @@ class TinyVLA(nn.Module):
         depend on what is evaluated beside an episode.
         """
         prefix = self.encoder(self.preprocess(obs), sentences_alone=True)
-        return ActionChunk(self.unnormalize_actions(ode(self, prefix, noise.to(prefix.tokens), self.config.num_steps)))
+        return ActionChunk(self.unnormalize_actions(self.chunks(prefix, noise.to(prefix.tokens))))
+
+    def chunks(self, prefix: Prefix, noise: Tensor) -> Tensor:
+        """Normalised chunks [N, H, A]: the ODE from `noise`."""
+        return ode(self, prefix, noise, self.config.num_steps)
 
     def supervised_loss(
         self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator

@@ -324,16 +324,22 @@ class HasSupervisedLoss(Protocol):
 
 
 @runtime_checkable
-class LearnsFromFeatures(FlowPolicy, Protocol):
-    """A flow policy that acts and learns from the features that replay keeps, so no picture is encoded twice."""
+class LearnsFromPrefix(HasFeatures, Policy, Protocol):
+    """A policy that acts and learns from what its encoder has made, so that learning from replay encodes no picture
+    twice (`vla_rl.data.flat_prefix`). Where the prefix is a function of `pooled`, a method `prefix_of(features [N, F])`
+    says so, and replay keeps nothing else."""
 
-    def prefix_of(self, features: Tensor) -> Prefix:
-        """The prefix whose `pooled` is `features [N, F]`."""
+    def chunks(self, prefix: Prefix, noise: Tensor) -> Tensor:
+        """The chunk that `act` deploys, normalised [N, H, D], from the `noise` that it takes."""
         ...
 
     def prefix_loss(self, prefix: Prefix, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """`supervised_loss` of observations that are encoded already: [N]."""
         ...
+
+    def normalize_actions(self, actions: Tensor) -> Tensor: ...
+
+    def unnormalize_actions(self, actions: Tensor) -> Tensor: ...
 
 
 class Learner(Protocol):

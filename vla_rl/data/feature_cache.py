@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from vla_rl.data.flat_prefix import FlatPrefix
 from vla_rl.data.replay import ReplayBuffer
 from vla_rl.protocols import HasFeatures, require
 
 
 class FeatureCache:
-    """Fills a buffer's features with what critics get from `policy`: `encode(...).pooled`.
+    """Fills a buffer's features with what `policy` makes of its observations: rows of `FlatPrefix`, which begin with
+    what critics get.
 
     Call `refresh` after data came in or parameters may have changed, before sampling; sampling rows without features is
     an error. `batch_size` is of the encoder's calls.
@@ -26,6 +28,7 @@ class FeatureCache:
             raise TypeError(f"FeatureCache needs a torch module to tell when it changes, got {type(policy).__name__}")
         self.policy: Any = policy
         self.batch_size = batch_size
+        self.flat = FlatPrefix(policy)
 
     def fingerprint(self) -> str:
         """Hash of everything that does not learn in the policy, which a frozen encoder is part of.
@@ -62,7 +65,8 @@ class FeatureCache:
 
     @torch.no_grad()
     def _encode(self, buffer: ReplayBuffer, rows: np.ndarray) -> np.ndarray:
-        return self.policy.encode(self.policy.preprocess(buffer.observations(rows))).pooled.float().cpu().numpy()
+        prefix = self.policy.encode(self.policy.preprocess(buffer.observations(rows)))
+        return self.flat.flatten(prefix).cpu().numpy()
 
 
 __all__ = ["FeatureCache"]

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 
 from vla_rl.core import ActionSpec, Observation
 from vla_rl.data.feature_cache import FeatureCache
+from vla_rl.data.flat_prefix import FlatPrefix
 from vla_rl.data.normalization import Normalizer
 from vla_rl.data.replay import ReplayBatch, ReplayBuffer
-from vla_rl.flow.sampling import ode
 from vla_rl.offpolicy.arrays import to_jax, to_torch
 from vla_rl.offpolicy.networks import AgentSpec
 from vla_rl.offpolicy.pa_rl import CriticAgent, CriticAgentConfig
 from vla_rl.offpolicy.train_state import TrainState, from_tensors, to_tensors, with_raw_key, wrap_raw_key
 from vla_rl.offpolicy.wsrl import CarryOver, carry_over
-from vla_rl.protocols import LearnsFromFeatures, Prefix, chunk_shape, require
+from vla_rl.protocols import LearnsFromPrefix, Prefix, TokenPolicy, chunk_shape, require
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ class PolicyLearner:
     def __init__(
         self, policy: nn.Module, config: PolicyLearnerConfig, *, horizon: int, action_spec: ActionSpec, seed: int
     ) -> None:
-        require(policy, LearnsFromFeatures, by="learning from replay")
+        require(policy, LearnsFromPrefix, by="learning from replay")
+        if config.q_weight and isinstance(policy, TokenPolicy):
+            raise ValueError("q_weight is the gradient of Q through a chunk, and tokens have none; set it to 0")
         self.policy: Any = policy
         if not 1 <= horizon <= self.policy.action_horizon:
             raise ValueError(f"horizon is {horizon}, the policy predicts {self.policy.action_horizon} steps")
@@ -85,7 +87,8 @@ class PolicyLearner:
         self.agent = CriticAgent(AgentSpec(self.policy.feature_dim, horizon, self.policy.action_dim), config.critic)
         self.needs_prefixes = self.agent.num_prefixes > 1
         self.state: TrainState = self.agent.init(seed)
-        self.feature_dim: int = self.policy.feature_dim
+        self._flat = FlatPrefix(policy)
+        self.feature_dim: int = self._flat.width
         self.num_calls = 0
         self._cache = FeatureCache(policy)
         self._trained = [p for p in policy.parameters() if p.requires_grad]
@@ -120,20 +123,20 @@ class PolicyLearner:
 
     def update(self, batches: ReplayBatch) -> dict[str, Any]:
         """U critic updates on minibatches [U, B, ...], then `policy_updates` of the policy."""
-        batches, raw_actions = self._seen_by_critic(batches), batches.actions
         u, b = batches.reward.shape
+        f = self.feature_dim
         following = batches.next_obs if batches.prefix_next_obs is None else batches.prefix_next_obs
-        candidates = self._chunks_at(following.reshape(u, -1, self.feature_dim), self.config.num_next_actions)
+        candidates = self._chunks_at(following[..., :f].reshape(u, -1, f), self.config.num_next_actions)
         conservative = self.config.critic.conservative
-        own = None if conservative is None else self._chunks_at(batches.obs, conservative.num_actions)
-        self.state, metrics = self.agent.update(self.state, batches, candidates, own)
+        own = None if conservative is None else self._chunks_at(batches.obs[..., :f], conservative.num_actions)
+        self.state, metrics = self.agent.update(self.state, self._seen_by_critic(batches), candidates, own)
         self.num_calls += 1
         if self.num_calls <= self.config.critic_warmup_calls:
             return dict(metrics)
         rows = ReplayBatch(*(None if x is None else x.reshape(u * b, *x.shape[2:]) for x in batches))  # pyright: ignore[reportArgumentType]
-        return dict(metrics) | self._update_policy(rows, raw_actions.reshape(u * b, *raw_actions.shape[2:]))
+        return dict(metrics) | self._update_policy(rows)
 
-    def _update_policy(self, rows: ReplayBatch, raw_actions: np.ndarray) -> dict[str, Any]:
+    def _update_policy(self, rows: ReplayBatch) -> dict[str, Any]:
         """Distil improved chunks and the data's own, follow Q; each with its weight. The rows are those that the critic
         has seen."""
         config, metrics = self.config, {}
@@ -141,7 +144,7 @@ class PolicyLearner:
         for _ in range(config.policy_updates):
             size = min(config.policy_batch_size, len(rows.obs))
             chosen = torch.randperm(len(rows.obs), generator=self._generator)[:size].numpy()
-            prefix = self.policy.prefix_of(torch.from_numpy(rows.obs[chosen]).to(device))
+            prefix = self._flat.unflatten(torch.from_numpy(rows.obs[chosen, : self.feature_dim]).to(device))
             loss = torch.zeros((), device=device)
             if config.improve_weight:
                 candidates = self._sample(prefix, config.critic.improvement.num_candidates)
@@ -152,7 +155,7 @@ class PolicyLearner:
                 loss = loss + config.improve_weight * distil
                 metrics |= {"distil_loss": float(distil.detach()), "q_improved": float(values.mean())}
             if config.bc_weight:
-                actions, mask = self._padded(raw_actions[chosen], rows.mask[chosen], device)
+                actions, mask = self._padded(rows.actions[chosen], rows.mask[chosen], device)
                 cloning = self.policy.prefix_loss(prefix, actions, mask, self._generator).mean()
                 loss = loss + config.bc_weight * cloning
                 metrics["bc_loss"] = float(cloning.detach())
@@ -185,15 +188,15 @@ class PolicyLearner:
     def _chunks(self, prefix: Prefix, num: int) -> Tensor:
         """Chunks [num, N, H, A] of the deployed policy, normalised."""
         n = len(prefix)
-        noise = torch.randn(num * n, *chunk_shape(self.policy), generator=self._generator).to(prefix.tokens)
+        noise = torch.randn(num * n, *chunk_shape(self.policy), generator=self._generator).to(prefix.pooled)
         repeated = prefix.select(torch.arange(n, device=prefix.tokens.device).repeat(num))
-        return ode(self.policy, repeated, noise, self.policy.config.num_steps).unflatten(0, (num, n))
+        return self.policy.chunks(repeated, noise).unflatten(0, (num, n))
 
     def _chunks_at(self, features: np.ndarray, num: int) -> jax.Array:
         """features [U, M, F] -> the policy's chunks as the critic sees them [U, num, M, horizon, A]."""
         u, m, f = features.shape
         device = self._trained[0].device
-        prefix = self.policy.prefix_of(torch.from_numpy(np.ascontiguousarray(features.reshape(u * m, f))).to(device))
+        prefix = self._flat.unflatten(torch.from_numpy(np.ascontiguousarray(features.reshape(u * m, f))).to(device))
         chunks = self._sample(prefix, num)[:, :, : self.horizon].unflatten(1, (u, m))
         return to_jax(self._to_critic(chunks.transpose(0, 1)))
 
@@ -220,8 +223,8 @@ class PolicyLearner:
         return self.policy.normalize_actions(full.to(device)), valid.to(device)
 
     def _seen_by_critic(self, batch: ReplayBatch) -> ReplayBatch:
-        """Features alone (they hold the state), actions in the critic's [-1, 1]."""
-        f, prefix_next = self.feature_dim, batch.prefix_next_obs
+        """Pooled features alone (they hold the state), actions in the critic's [-1, 1]."""
+        f, prefix_next = self.policy.feature_dim, batch.prefix_next_obs
         actions = torch.from_numpy(batch.actions).to(self._trained[0].device)
         return batch._replace(
             obs=batch.obs[..., :f],

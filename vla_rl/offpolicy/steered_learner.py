@@ -24,8 +24,8 @@ class SteeredLearner(AgentLearner):
 
     def __init__(self, policy: SteeredPolicy, seed: int) -> None:
         super().__init__(policy, seed)
-        self.feature_dim: int = self.policy.base.feature_dim
         self._cache = FeatureCache(self.policy.base)
+        self.feature_dim: int = self._cache.flat.width
 
     def prepare(self, buffer: ReplayBuffer) -> None:
         """Encode the observations that came in."""
@@ -50,7 +50,7 @@ class SteeredLearner(AgentLearner):
         super().load_state_dict(state)
 
     def _seen(self, obs: np.ndarray) -> np.ndarray:
-        """Features alone: they hold the state."""
+        """Rows of the base policy alone: they hold the state."""
         return obs[..., : self.feature_dim]
 
     def _normal(self, shape: tuple[int, ...]) -> Array:

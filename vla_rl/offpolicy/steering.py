@@ -6,9 +6,9 @@
 | Expo     | N, of as many draws of noise              | edits, and which of all 2N chunks is best     |
 | Residual | one, of zero noise: always the same       | its correction; the critic sees the chunk too |
 
-The base policy is a function of features [M, F] and noise [M, H, A] to chunks [M, H, A] as the environment executes
-them, in [-1, 1]. The residual's correction is of a whole chunk, made at the decision; with a horizon of 1 it is ResiP's
-closed loop.
+The base policy is a function of rows [M, R] (`FlatPrefix`) and noise [M, H, A] to chunks [M, H, A] as the environment
+executes them, in [-1, 1]; the agent sees the first F numbers of a row, its features. The residual's correction is of a
+whole chunk, made at the decision; with a horizon of 1 it is ResiP's closed loop.
 """
 
 from __future__ import annotations
@@ -31,36 +31,45 @@ Normal = Callable[[tuple[int, ...]], Array]  # standard normal numbers of a shap
 
 
 def steered_chunks(
-    agent: SteeringAgent, state: TrainState, obs: Array, noise: Array, base: BaseChunks, *, explore: bool
+    agent: SteeringAgent, state: TrainState, rows: Array, noise: Array, base: BaseChunks, *, explore: bool
 ) -> Array:
-    """Features [M, F], standard normal noise [M, H, A] -> chunks [M, H, A] in [-1, 1], to explore with or deployed."""
+    """Rows [M, R], standard normal noise [M, H, A] -> chunks [M, H, A] in [-1, 1], to explore with or deployed."""
+    obs = rows[:, : agent.spec.obs_dim]
     if isinstance(agent, DSRLNA):
-        return base(obs, agent.act(state, obs, noise, explore=explore))
+        return base(rows, agent.act(state, obs, noise, explore=explore))
     if isinstance(agent, Residual):
-        return agent.act(state, obs, base(obs, jnp.zeros_like(noise)), noise, explore=explore)
+        return agent.act(state, obs, base(rows, jnp.zeros_like(noise)), noise, explore=explore)
     n = agent.config.num_base
     drawn = candidate_noise(noise, 2 * n)  # of base chunks, then of edits
-    return agent.act(state, obs, _each(base, obs, drawn[:n]), drawn[n:], explore=explore)
+    return agent.act(state, obs, _each(base, rows, drawn[:n]), drawn[n:], explore=explore)
 
 
 def steered_update(
     agent: SteeringAgent, state: TrainState, batches: ReplayBatch, base: BaseChunks, normal: Normal
 ) -> tuple[TrainState, Metrics]:
-    """One call of the agent's update; `batches` [U, B, ...] have features and executed chunks in [-1, 1]."""
+    """One call of the agent's update; `batches` [U, B, ...] have rows and executed chunks in [-1, 1]."""
     u, b, h, a = batches.actions.shape
+    f, prefix_next = agent.spec.obs_dim, batches.prefix_next_obs
     obs, following = jnp.asarray(batches.obs), jnp.asarray(batches.next_obs)
+    batches = batches._replace(
+        obs=batches.obs[..., :f],
+        next_obs=batches.next_obs[..., :f],
+        prefix_next_obs=None if prefix_next is None else prefix_next[..., :f],
+    )
     if isinstance(agent, Residual):
         none = jnp.zeros((u, b, h, a))
         return agent.update(state, batches, _each(base, obs, none), _each(base, following, none))
     if agent.num_prefixes > 1:
-        following = jnp.asarray(batches.prefix_next_obs).reshape(u, -1, obs.shape[-1])
+        following = jnp.asarray(prefix_next).reshape(u, -1, obs.shape[-1])
     rows = following.shape[1]
     if isinstance(agent, DSRLNA):
         flat = following.reshape(u * rows, -1)
-        chosen = agent.propose(state, flat, normal((1, u * rows, h, a)))[0]
+        chosen = agent.propose(state, flat[:, :f], normal((1, u * rows, h, a)))[0]
         noise = normal((u, b, h, a))
         following_chunks = base(flat, chosen).reshape(u, 1, rows, h, a)
-        return agent.update(state, batches, following_chunks, NoiseDistillation(obs, noise, _each(base, obs, noise)))
+        return agent.update(
+            state, batches, following_chunks, NoiseDistillation(obs[..., :f], noise, _each(base, obs, noise))
+        )
     noise = normal((agent.config.num_base, u, rows, h, a))
     following_chunks = jnp.swapaxes(_each(base, following, noise), 0, 1)
     return agent.update(state, batches, _each(base, obs, normal((u, b, h, a))), following_chunks)
