@@ -7,6 +7,7 @@ reading a value, and only then reads tensor by tensor into the dtype and device 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vla_rl.policies.blocks.transformer import RMSNorm
@@ -139,7 +141,10 @@ def load_into(
     kept = float32_keys(module)
     buffers = {key for key in state if key in dict(module.named_buffers())}
     values: dict[str, Tensor] = {}
-    for key, expected in state.items():
+    for key in sorted(
+        state, key=lambda k: () if k in given else plan[k].sources
+    ):  # what lies together is read together
+        expected = state[key]
         value = given[key] if key in given else plan[key](*(source.view(name) for name in plan[key].sources))
         wanted = expected.dtype if key in buffers else torch.float32 if key in kept else dtype
         values[key] = _copy(value, wanted, device)
@@ -156,6 +161,16 @@ def float32_keys(module: nn.Module) -> set[str]:
     norms = {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, RMSNorm)}
     embeddings = re.compile(r"(.*\.)?(patch_embedding\.(weight|bias)|position_embedding)")
     return norms | {name for name, _ in module.named_parameters() if embeddings.fullmatch(name)}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file, replaced atomically."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt"})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def names_in(folder: Path) -> str:
@@ -263,4 +278,5 @@ __all__ = [
     "names_in",
     "on_meta",
     "read_json",
+    "write_tensors",
 ]

@@ -1,0 +1,169 @@
+"""A complete flow VLA from the parts that every public layout has: sizes, tensors, statistics, a tokenizer's file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from vla_rl.data.normalization import Normalizer
+from vla_rl.policies.blocks.images import Padding
+from vla_rl.policies.blocks.tokenizer import Tokenizer
+from vla_rl.policies.blocks.vla_inputs import PromptConfig
+from vla_rl.policies.checkpoints.native import PolicyCheckpointError
+from vla_rl.policies.checkpoints.options import ReadOptions
+from vla_rl.policies.checkpoints.sizes import Shape, gemma_sizes, smollm_sizes, vision_sizes
+from vla_rl.policies.checkpoints.tensors import ReadsTensors, Recipe, load_into, on_meta
+from vla_rl.policies.pi0 import Pi0, Pi0Config
+from vla_rl.policies.smolvla import SmolVLA, SmolVLAConfig
+
+FlowVLA = Pi0 | SmolVLA
+Depth = Callable[[str], int]
+
+PALIGEMMA_BOS = 2
+
+
+def pi0_config(
+    shape: Shape,
+    depth: Depth,
+    backbone: dict[str, Any],
+    where: Path,
+    *,
+    adaptive: bool,
+    discrete_state: bool,
+    cameras: tuple[str, ...],
+    num_image_slots: int,
+    action_horizon: int,
+    num_steps: int,
+    normalizers: tuple[Normalizer, Normalizer],
+    tokenizer: Tokenizer,
+    prompt: PromptConfig,
+    image_padding: Padding,
+    loss_on_padding: bool,
+) -> Pi0Config:
+    """Sizes from shapes (`shape`, `depth`: of our keys), the rest as given. Raises PolicyCheckpointError."""
+    try:
+        return Pi0Config(
+            state_dim=normalizers[0].dim,
+            action_dim=normalizers[1].dim,
+            cameras=cameras,
+            num_image_slots=num_image_slots,
+            action_horizon=action_horizon,
+            max_state_dim=max_state_dim(shape, adaptive=adaptive),
+            max_action_dim=shape("action_out_proj.weight")[0],
+            num_steps=num_steps,
+            vision=vision_sizes(shape, depth("vision.layers."), backbone, where),
+            language=gemma_sizes(shape, "language_model", depth("language_model.layers."), vocab=True),
+            expert=gemma_sizes(shape, "expert", depth("expert.layers."), vocab=False),
+            adaptive=adaptive,
+            discrete_state=discrete_state,
+            prompt=prompt,
+            tokenizer=tokenizer.config,
+            image_padding=image_padding,
+            loss_on_padding=loss_on_padding,
+        )
+    except ValueError as error:
+        raise PolicyCheckpointError(f"{where}: {error}") from error
+
+
+def smolvla_config(
+    shape: Shape,
+    depth: Depth,
+    backbone: dict[str, Any],
+    where: Path,
+    *,
+    cross_attention_every: int,
+    cameras: tuple[str, ...],
+    action_horizon: int,
+    num_steps: int,
+    normalizers: tuple[Normalizer, Normalizer],
+    tokenizer: Tokenizer,
+) -> SmolVLAConfig:
+    """As `pi0_config`."""
+    try:
+        vision = vision_sizes(shape, depth("vision.layers."), backbone, where)
+        language, expert = (depth(f"{tower}.layers.") for tower in ("language_model", "expert"))
+        return SmolVLAConfig(
+            state_dim=normalizers[0].dim,
+            action_dim=normalizers[1].dim,
+            cameras=cameras,
+            action_horizon=action_horizon,
+            max_state_dim=shape("state_proj.weight")[1],
+            max_action_dim=shape("action_out_proj.weight")[0],
+            num_steps=num_steps,
+            vision=vision,
+            pixel_shuffle=round((shape("connector.weight")[1] / vision.width) ** 0.5),
+            language=smollm_sizes(shape, "language_model", language, backbone, where, vocab=True),
+            expert=smollm_sizes(
+                shape, "expert", expert, backbone, where, vocab=False, cross_every=cross_attention_every
+            ),
+            tokenizer=tokenizer.config,
+        )
+    except ValueError as error:
+        raise PolicyCheckpointError(f"{where}: {error}") from error
+
+
+def max_state_dim(shape: Shape, *, adaptive: bool) -> int:
+    """Width that states are padded to. pi0.5 projects no state; its states are padded like actions, if at all."""
+    return shape("action_out_proj.weight")[0] if adaptive else shape("state_proj.weight")[1]
+
+
+def assemble(
+    config: Pi0Config | SmolVLAConfig,
+    source: ReadsTensors,
+    recipe: Callable[[str], Recipe | str],
+    *,
+    unused: tuple[str, ...],
+    tokenizer: Tokenizer,
+    normalizers: tuple[Normalizer, Normalizer],
+    options: ReadOptions,
+) -> FlowVLA:
+    """The policy in evaluation mode. `recipe`: of one of our keys. Raises PolicyCheckpointError as `load_into` does."""
+    policy: FlowVLA = on_meta(lambda: Pi0(config) if isinstance(config, Pi0Config) else SmolVLA(config))
+    given = {"inputs.tokenizer.file": tokenizer.file}
+    for name, normalizer in zip(("state", "action"), normalizers, strict=True):
+        given[f"inputs.{name}_normalizer.offset"] = normalizer.offset
+        given[f"inputs.{name}_normalizer.scale"] = normalizer.scale
+    recipes = {key: recipe(key) for key in policy.state_dict() if key not in given}
+    load_into(policy, source, recipes, given=given, unused=unused, dtype=options.dtype, device=options.device)
+    policy.inputs.state_normalizer.kind = normalizers[0].kind
+    policy.inputs.action_normalizer.kind = normalizers[1].kind
+    return policy.eval()
+
+
+def network_state(policy: FlowVLA) -> dict[str, Any]:
+    """Parameters alone, without normalisers and tokenizer: what the public files of weights hold."""
+    return {key: value for key, value in policy.state_dict().items() if not key.startswith("inputs.")}
+
+
+Family = Literal["pi0", "pi05", "smolvla"]
+
+
+def family_of_policy(policy: Any) -> Family:
+    """Raises PolicyCheckpointError for a policy that none of these layouts can hold."""
+    if isinstance(policy, Pi0):
+        return "pi05" if policy.config.adaptive else "pi0"
+    if isinstance(policy, SmolVLA):
+        return "smolvla"
+    raise PolicyCheckpointError(f"{type(policy).__name__} has no public layout; pi0, pi0.5 and SmolVLA have")
+
+
+def required(config: Mapping[str, Any], name: str, where: Path) -> Any:
+    """Raises PolicyCheckpointError where config.json lacks `name`."""
+    if name not in config:
+        raise PolicyCheckpointError(f"{where} has no {name!r}; it has {sorted(config)}")
+    return config[name]
+
+
+__all__ = [
+    "PALIGEMMA_BOS",
+    "Family",
+    "FlowVLA",
+    "assemble",
+    "family_of_policy",
+    "max_state_dim",
+    "network_state",
+    "pi0_config",
+    "required",
+    "smolvla_config",
+]
