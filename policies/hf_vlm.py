@@ -186,14 +186,21 @@ class HFFlowPolicy(nn.Module):
     @torch.no_grad()
     def act(self, obs: Observation, noise: Tensor) -> ActionChunk:
         """`config.num_steps` Euler steps of the flow's ODE from `noise` (standard normal [N, H, A])."""
-        prefix = self.encode(self.preprocess(obs))
-        return ActionChunk(self.unnormalize_actions(ode(self, prefix, noise.to(prefix.tokens), self.config.num_steps)))
+        return ActionChunk(self.unnormalize_actions(self.chunks(self.encode(self.preprocess(obs)), noise)))
+
+    def chunks(self, prefix: Prefix, noise: Tensor) -> Tensor:
+        """Normalised chunks [N, H, A]: the ODE from `noise`."""
+        return ode(self, prefix, noise.to(prefix.pooled), self.config.num_steps)
 
     def supervised_loss(
         self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Flow-matching loss [N]; padded actions are not read and bear no loss."""
-        repeated = repeat_prefix(self.encode(inputs), self.config.flow_matching.num_draws)
+        return self.prefix_loss(self.encode(inputs), actions, mask, generator)
+
+    def prefix_loss(self, prefix: Prefix, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """`supervised_loss` of what is encoded already."""
+        repeated = repeat_prefix(prefix, self.config.flow_matching.num_draws)
         return flow_matching_loss(
             lambda x_t, flow_time: self.velocity(repeated, x_t, flow_time).velocity,
             actions,
@@ -349,17 +356,24 @@ class HFTokenPolicy(nn.Module):
     @torch.no_grad()
     def act(self, obs: Observation, noise: Tensor) -> ActionChunk:
         """The likeliest bin of each token, one after the other; `noise` has no effect."""
-        del noise  # greedy, as token policies are deployed
-        bins = self.sample_tokens(self.encode(self.preprocess(obs)), lambda logits, _: logits.argmax(dim=-1))
-        return ActionChunk(self.unnormalize_actions(self.actions_of_bins(bins)))
+        return ActionChunk(self.unnormalize_actions(self.chunks(self.encode(self.preprocess(obs)), noise)))
+
+    def chunks(self, prefix: Prefix, noise: Tensor) -> Tensor:
+        """Normalised chunks [N, H, A]: greedy, as token policies are deployed."""
+        del noise
+        return self.actions_of_bins(self.sample_tokens(prefix, lambda logits, _: logits.argmax(dim=-1)))
 
     def supervised_loss(
         self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Mean cross-entropy of the tokens of unpadded steps: [N]."""
+        return self.prefix_loss(self.encode(inputs), actions, mask, generator)
+
+    def prefix_loss(self, prefix: Prefix, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """`supervised_loss` of what is encoded already."""
         del generator  # nothing is drawn; the argument belongs to the protocol
         bins = self.bins_of_actions(torch.where(mask.unsqueeze(-1), actions, 0.0))
-        logits = self.token_logits(self.encode(inputs), bins)
+        logits = self.token_logits(prefix, bins)
         entropy = functional.cross_entropy(logits.flatten(0, 1), bins.flatten(), reduction="none")
         return masked_mean(entropy.view_as(actions), mask)
 

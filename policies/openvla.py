@@ -155,19 +155,26 @@ class OpenVLA(nn.Module):
     @torch.no_grad()
     def act(self, obs: Observation, noise: Tensor) -> ActionChunk:
         """Greedy, or with `config.temperature` the bins at `Phi(noise)` of their distributions (see `pick_bins`)."""
-        prefix = self.encode(self.preprocess(obs))
+        return ActionChunk(self.unnormalize_actions(self.chunks(self.encode(self.preprocess(obs)), noise)))
+
+    def chunks(self, prefix: Prefix, noise: Tensor) -> Tensor:
+        """Normalised chunks [N, H, D]: those that `act` deploys."""
         level = noise.flatten(1).to(prefix.pooled.device)
         bins = self.sample_tokens(
             prefix, lambda logits, position: pick_bins(logits, level[:, position], self.config.temperature)
         )
-        return ActionChunk(self.unnormalize_actions(self.actions_of_bins(bins)))
+        return self.actions_of_bins(bins)
 
     def supervised_loss(
         self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Cross entropy of the action tokens [N]: mean over unpadded steps and all `chunk_dim` dimensions."""
+        return self.prefix_loss(self.encode(inputs), actions, mask, generator)
+
+    def prefix_loss(self, prefix: Prefix, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """`supervised_loss` of what is encoded already."""
         del generator  # nothing is drawn; the argument belongs to the protocol
-        logits = self.token_logits(self.encode(inputs), bins_of_actions(actions).flatten(1))
+        logits = self.token_logits(prefix, bins_of_actions(actions).flatten(1))
         return masked_mean(token_loss(logits, actions), mask)
 
     # ------------------------------------------------------------------------------------------------------ details

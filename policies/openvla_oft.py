@@ -287,17 +287,24 @@ class OpenVLAOFT(nn.Module):
     @torch.no_grad()
     def act(self, obs: Observation, noise: Tensor) -> ActionChunk:
         """`mean + std * noise`, for the Laplace family at the same quantiles; zero noise is the regressed chunk."""
-        mean, std = self.distribution(self.encode(self.preprocess(obs)))
+        return ActionChunk(self.unnormalize_actions(self.chunks(self.encode(self.preprocess(obs)), noise)))
+
+    def chunks(self, prefix: Prefix, noise: Tensor) -> Tensor:
+        """Normalised chunks [N, H, D]: those that `act` deploys."""
+        mean, std = self.distribution(prefix)
         noise = noise.to(mean)
-        noise = laplace_of_normal(noise) if self.config.noise_family == "laplace" else noise
-        return ActionChunk(self.unnormalize_actions(mean + std * noise))
+        return mean + std * (laplace_of_normal(noise) if self.config.noise_family == "laplace" else noise)
 
     def supervised_loss(
         self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Mean absolute error [N] over unpadded steps and all `chunk_dim` dimensions. It leaves the deviation alone."""
+        return self.prefix_loss(self.encode(inputs), actions, mask, generator)
+
+    def prefix_loss(self, prefix: Prefix, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """`supervised_loss` of what is encoded already."""
         del generator  # nothing is drawn; the argument belongs to the protocol
-        mean, _ = self.distribution(self.encode(inputs))
+        mean, _ = self.distribution(prefix)
         return masked_mean((mean - torch.where(mask.unsqueeze(-1), actions, mean.detach())).abs(), mask)
 
 
@@ -367,16 +374,24 @@ class OpenVLAOFTTokens(nn.Module):
     @torch.no_grad()
     def act(self, obs: Observation, noise: Tensor) -> ActionChunk:
         """Greedy, or with `config.temperature` the bins at `Phi(noise)` of their distributions (see `pick_bins`)."""
-        logits = self._logits(self.encode(self.preprocess(obs)))
+        return ActionChunk(self.unnormalize_actions(self.chunks(self.encode(self.preprocess(obs)), noise)))
+
+    def chunks(self, prefix: Prefix, noise: Tensor) -> Tensor:
+        """Normalised chunks [N, H, D]: those that `act` deploys."""
+        logits = self._logits(prefix)
         bins = pick_bins(logits, noise.flatten(1).to(logits), self.config.temperature)
-        return ActionChunk(self.unnormalize_actions(self.actions_of_bins(bins)))
+        return self.actions_of_bins(bins)
 
     def supervised_loss(
         self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Cross entropy of the action tokens [N]: mean over unpadded steps and all `chunk_dim` dimensions."""
+        return self.prefix_loss(self.encode(inputs), actions, mask, generator)
+
+    def prefix_loss(self, prefix: Prefix, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """`supervised_loss` of what is encoded already."""
         del generator  # nothing is drawn; the argument belongs to the protocol
-        return masked_mean(token_loss(self._logits(self.encode(inputs)), actions), mask)
+        return masked_mean(token_loss(self._logits(prefix), actions), mask)
 
     def _logits(self, prefix: Prefix) -> Tensor:
         return self.body.vlm.action_logits(self.body.slots(prefix))

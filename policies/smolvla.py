@@ -255,14 +255,21 @@ class SmolVLA(nn.Module):
     @torch.no_grad()
     def act(self, obs: Observation, noise: Tensor) -> ActionChunk:
         """`config.num_steps` Euler steps of the flow's ODE from `noise` (standard normal [N, H, max_action_dim])."""
-        prefix = self.encode(self.preprocess(obs))
-        return ActionChunk(self.unnormalize_actions(ode(self, prefix, noise.to(prefix.pooled), self.config.num_steps)))
+        return ActionChunk(self.unnormalize_actions(self.chunks(self.encode(self.preprocess(obs)), noise)))
+
+    def chunks(self, prefix: Prefix, noise: Tensor) -> Tensor:
+        """Normalised chunks [N, H, max_action_dim]: the ODE from `noise`."""
+        return ode(self, prefix, noise.to(prefix.pooled), self.config.num_steps)
 
     def supervised_loss(
         self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Flow-matching loss [N]; padded steps are not read and bear no loss."""
-        repeated = repeat_prefix(self.encode(inputs), self.config.flow_matching.num_draws)
+        return self.prefix_loss(self.encode(inputs), actions, mask, generator)
+
+    def prefix_loss(self, prefix: Prefix, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """`supervised_loss` of what is encoded already."""
+        repeated = repeat_prefix(prefix, self.config.flow_matching.num_draws)
         return flow_matching_loss(
             lambda x_t, flow_time: self.velocity(repeated, x_t, flow_time).velocity,
             actions,
