@@ -91,7 +91,7 @@ class DecoderAttention(nn.Module):
 
     def project_again(self, kv: PrefixKV) -> PrefixKV:
         """Keys and values of another decoder, through this layer's own projections (SmolVLA)."""
-        keys, values = (x.transpose(1, 2).flatten(2) for x in kv)
+        keys, values = (x.transpose(1, 2).flatten(2).to(self.k_proj.weight.dtype) for x in kv)
         return PrefixKV(self._heads(self.k_proj(keys)), self._heads(self.v_proj(values)))
 
     def forward(self, x: Tensor, by: Rotation, kv: PrefixKV, mask: Tensor | None, *, causal: bool = False) -> Tensor:
