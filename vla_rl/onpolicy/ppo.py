@@ -21,6 +21,7 @@ from vla_rl.flow.sampler import ChunkSampler, FlowSampler
 from vla_rl.onpolicy.actor import ActorConfig, ActorData, ActorUpdate, DemoSource, StepWeighting
 from vla_rl.onpolicy.advantages import explained_variance, gae, normalize_advantages
 from vla_rl.onpolicy.critic import CriticConfig, CriticUpdate
+from vla_rl.onpolicy.process_reward import ProcessReward, ProcessRewardConfig, ProgressLabels
 from vla_rl.protocols import FlowPolicy, HasFeatures, chunk_shape, require
 from vla_rl.rollout.collector import Collector, RolloutBatch
 
@@ -30,7 +31,8 @@ class PPOConfig:
     """`num_decisions`: T, decisions of every environment between two updates.
     `gamma`: per control step; a chunk of k executed steps discounts by gamma^k. `gae_lambda`: per chunk.
     `critic_warmup_iterations`: updates that fit the critic and leave the policy alone. `shuffle_advantages`: the
-    negative control, which must not learn: advantages are dealt out to decisions at random."""
+    negative control, which must not learn: advantages are dealt out to decisions at random. `process_reward`: learn
+    how far episodes come, and reward it; see `process_reward.py`."""
 
     num_decisions: int = 16
     gamma: float = 0.99
@@ -41,6 +43,7 @@ class PPOConfig:
     seed: int = 0
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    process_reward: ProcessRewardConfig | None = None
 
     def __post_init__(self) -> None:
         if self.num_decisions < 1:
@@ -64,7 +67,8 @@ def flow_sampler(policy: FlowPolicy, config: FlowSamplerConfig, *, seed: int = 0
 class PPO:
     """Owns the critic and both optimisers; the policy inside `sampler` is changed in place.
 
-    `demos`: source of demonstrations, with `config.actor.bc_coef`. `step_weighting`: see `dppo.py`.
+    `demos`: source of demonstrations, with `config.actor.bc_coef`. `step_weighting`: see `dppo.py`. `progress_demos`:
+    demonstrations for the process reward to learn from, besides rollouts.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class PPO:
         *,
         demos: DemoSource | None = None,
         step_weighting: StepWeighting | None = None,
+        progress_demos: ProgressLabels | None = None,
     ) -> None:
         require(sampler.policy, HasFeatures, by="PPO")
         self.sampler, self.config = sampler, config
@@ -82,6 +87,7 @@ class PPO:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self._critic = CriticUpdate(sampler.policy.feature_dim, config.critic, device)
+            self.process_reward = self._make_process_reward(device, progress_demos)
         self._actor = ActorUpdate(sampler, config.actor, demos=demos, step_weighting=step_weighting)
         self.num_updates = 0
 
@@ -89,6 +95,18 @@ class PPO:
     def critic(self) -> torch.nn.Module:
         """V on features `[M, F]` -> `[M]`."""
         return self._critic.critic
+
+    def _make_process_reward(self, device: torch.device, demos: ProgressLabels | None) -> ProcessReward | None:
+        config = self.config.process_reward
+        if config is None:
+            if demos is not None:
+                raise ValueError("progress_demos have no effect without process_reward: give both or neither")
+            return None
+        if not self.sampler.policy.encoder_is_frozen:
+            raise ValueError(
+                "process_reward keeps features, and this policy's encoder changes them; set freeze_encoder"
+            )
+        return ProcessReward(self.sampler.policy.feature_dim, config, device, demos)
 
     @torch.no_grad()
     def advantages(self, batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,6 +118,8 @@ class PPO:
         executed = batch.executed.reshape(t * n, k)
         rewards = chunk_reward(batch.rewards.reshape(t * n, k), executed, gamma).unflatten(0, (t, n))
         discounts = chunk_discount(executed, batch.terminated.flatten(), gamma).unflatten(0, (t, n))
+        if self.process_reward is not None:
+            rewards = rewards + self.process_reward.shaping(batch, discounts)
         following = batch.next_values(values, bootstrap_values)
         advantages, targets = gae(rewards, discounts, values, following, batch.ended, self.config.gae_lambda)
         return advantages, targets, values
@@ -117,10 +137,11 @@ class PPO:
         config = self.config
         if not bool(batch.valid.any()):
             raise ValueError("the rollout holds no decision that the policy executed")
+        progress = {} if self.process_reward is None else self.process_reward.update(batch, self._generator)
         advantages, targets, values = self.advantages(batch)
         flat_valid = batch.valid.flatten()
         features, old, target = batch.features[flat_valid], values[batch.valid], targets[batch.valid]
-        metrics = {
+        metrics = progress | {
             "explained_variance": explained_variance(old, target),
             "advantage_std": float(advantages[batch.valid].std(correction=0)),
             "value_mean": float(old.mean()),
@@ -150,6 +171,7 @@ class PPO:
             "critic": self._critic.state_dict(),
             "generator": self._generator.get_state(),
             "num_updates": self.num_updates,
+            "process_reward": None if self.process_reward is None else self.process_reward.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -157,3 +179,5 @@ class PPO:
         self._critic.load_state_dict(state["critic"])
         self._generator.set_state(state["generator"])
         self.num_updates = state["num_updates"]
+        if self.process_reward is not None:
+            self.process_reward.load_state_dict(state["process_reward"])
