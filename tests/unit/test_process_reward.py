@@ -1,4 +1,4 @@
-"""The process reward: labels by hand, a potential that learns where its control cannot, shaping that adds a baseline."""
+"""The process reward: labels by hand, a potential that learns and its control does not, shaping that is a baseline."""
 
 import copy
 from dataclasses import replace

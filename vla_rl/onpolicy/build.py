@@ -13,6 +13,7 @@ from vla_rl.onpolicy.dppo import DenoisingDiscount
 from vla_rl.onpolicy.fpo import FPOConfig, FPOSampler
 from vla_rl.onpolicy.grpo import GRPO, GRPOConfig
 from vla_rl.onpolicy.ppo import PPO, PPOConfig, flow_sampler
+from vla_rl.onpolicy.process_reward import ProgressLabels
 from vla_rl.onpolicy.tokens import TokenSampler, TokenSamplerConfig
 from vla_rl.protocols import FlowPolicy, GaussianPolicy, TokenPolicy, require
 
@@ -53,12 +54,16 @@ def build_learner(
     *,
     step_weighting: DenoisingDiscount | None = None,
     demos: DemoSource | None = None,
+    progress_demos: ProgressLabels | None = None,
 ) -> PPO | GRPO:
-    """The algorithm of `config` on the policy inside `sampler`."""
+    """The algorithm of `config` on the policy inside `sampler`. Raises ValueError where an option has no effect."""
     steps = getattr(getattr(sampler, "config", None), "num_steps", None)
     if step_weighting is not None and step_weighting.num_steps != steps:
         raise ValueError(
             f"step_weighting.num_steps is {step_weighting.num_steps}, the sampler has {steps}; make them equal"
         )
-    algorithm = PPO if isinstance(config, PPOConfig) else GRPO
-    return algorithm(sampler, config, demos=demos, step_weighting=step_weighting)  # pyright: ignore[reportArgumentType]
+    if isinstance(config, PPOConfig):
+        return PPO(sampler, config, demos=demos, step_weighting=step_weighting, progress_demos=progress_demos)
+    if progress_demos is not None:
+        raise ValueError("progress_demos are for PPO with a process reward: GRPO judges whole episodes")
+    return GRPO(sampler, config, demos=demos, step_weighting=step_weighting)

@@ -20,6 +20,7 @@ from vla_rl.flow.sampler import ChunkSampler
 from vla_rl.onpolicy.build import AlgorithmConfig, SamplerConfig, build_learner, build_sampler
 from vla_rl.onpolicy.dppo import DenoisingDiscount
 from vla_rl.onpolicy.ppo import PPOConfig
+from vla_rl.onpolicy.process_reward import ProgressLabels
 from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.native import save_policy
 from vla_rl.progress import Progress
@@ -135,6 +136,7 @@ class Trainer:
         config: TrainConfig,
         demos: DatasetDemos | None = None,
         rollout: RolloutConfig | None = None,
+        progress_demos: ProgressLabels | None = None,
     ) -> None:
         self.policy: Any = policy
         self.config = config
@@ -148,7 +150,11 @@ class Trainer:
         self._demos = demos
         sampler = build_sampler(policy, config.sampler, seed=seed)
         self.learner: Learner = build_learner(
-            sampler, config.algorithm, step_weighting=config.step_weighting, demos=demos
+            sampler,
+            config.algorithm,
+            step_weighting=config.step_weighting,
+            demos=demos,
+            progress_demos=progress_demos,
         )
         self._collector = make_collector(make_env, sampler, config, rollout or RolloutConfig())
         self.spec = self._collector.spec
@@ -245,6 +251,7 @@ def run_training(
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     demos: DatasetDemos | None = None,
     rollout: RolloutConfig | None = None,
+    progress_demos: ProgressLabels | None = None,
     tensorboard: bool = True,
 ) -> TrainResult:
     """Improve `policy` in place in `env` (with auto-reset); at the end it is what lies in `run_dir/policy`.
@@ -260,7 +267,9 @@ def run_training(
     given = isinstance(env, ChunkedEnv)
     if given and rollout is not None and rollout.workers:
         raise ValueError("rollout.workers build environments of their own: give a function that does")
-    trainer = Trainer(policy, (lambda _: env) if isinstance(env, ChunkedEnv) else env, config, demos, rollout)
+    trainer = Trainer(
+        policy, (lambda _: env) if isinstance(env, ChunkedEnv) else env, config, demos, rollout, progress_demos
+    )
     try:
         return run_iterations(
             trainer, run_dir, config, label="rl", resume=resume, evaluate=evaluate, tensorboard=tensorboard
