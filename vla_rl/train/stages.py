@@ -18,12 +18,14 @@ from vla_rl.envs.config import EnvConfig, PointMazeConfig
 from vla_rl.envs.gym import FunctionExpert, FunctionExpertConfig, GymConfig
 from vla_rl.envs.point_maze import WaypointConfig, WaypointExpert
 from vla_rl.envs.remote_expert import RemoteExpert, RemoteExpertConfig
+from vla_rl.envs.task_mix import make_task_mix
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.evaluation.evaluate import evaluate, evaluate_controller
 from vla_rl.evaluation.result import EvalResult
 from vla_rl.onpolicy.build import build_learner as build_on_policy_learner
 from vla_rl.onpolicy.build import build_sampler
 from vla_rl.onpolicy.grpo import GRPOConfig
+from vla_rl.onpolicy.ppo import PPOConfig
 from vla_rl.policies.build import build_policy
 from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.native import load_policy, save_policy
@@ -36,6 +38,7 @@ from vla_rl.train.demo_source import DatasetDemos
 from vla_rl.train.loop import TrainConfig, TrainResult, run_training
 from vla_rl.train.offpolicy import OffPolicyConfig
 from vla_rl.train.offpolicy_stages import build_learner, check_stages, reinforce_from_replay
+from vla_rl.train.progress_demos import label_demos
 from vla_rl.train.recipe import AnyExpertConfig, EvalConfig, Recipe
 from vla_rl.train.sft import DatasetSampler, SFTResult, run_sft
 
@@ -79,6 +82,8 @@ def check_recipe(recipe: Recipe) -> None:
             raise ValueError("rollout.* is for on-policy learning, and this recipe learns from replay; leave it out")
         check_stages(train, env.spec, policy)
         return
+    if train.curriculum is not None:
+        make_task_mix(lambda task: recipe.env.make(1, split="train", task=task), train.curriculum).close()
     check_policy_batch_size(recipe.rollout.policy_batch_size, train.num_envs)
     if recipe.rollout.workers:
         recipe.rollout.slices(train.num_envs)
@@ -214,7 +219,10 @@ def _reinforce_on_policy(
         env_config = replace(env_config, num_threads=max(1, int(rollout.cpus_per_worker)))
 
     def make_env(num_envs: int) -> ChunkedEnv:
-        return env_config.make(num_envs, split="train", auto_reset=True, final_images=True)
+        def make_task(task: str | None = None) -> ChunkedEnv:
+            return env_config.make(num_envs, split="train", auto_reset=True, final_images=True, task=task)
+
+        return make_task() if config.curriculum is None else make_task_mix(make_task, config.curriculum)
 
     one = recipe.env.make(1, split="train")
     one.close()
@@ -226,6 +234,9 @@ def _reinforce_on_policy(
         cameras = tuple(getattr(policy.config, "cameras", ()))
         chunks = ChunkDataset(LeRobotDataset(dataset_path), policy.action_horizon, cameras=cameras)
         demos = DatasetDemos(chunks, policy, config.algorithm.seed)
+    progress_demos = None
+    if isinstance(config.algorithm, PPOConfig) and config.algorithm.process_reward and dataset_path is not None:
+        progress_demos = label_demos(LeRobotDataset(dataset_path), policy, stride=config.execution_horizon)
     return run_training(
         policy,
         make_env,
@@ -235,6 +246,7 @@ def _reinforce_on_policy(
         evaluate=lambda: _curve_metrics(recipe, policy),
         demos=demos,
         rollout=rollout,
+        progress_demos=progress_demos,
     )
 
 
