@@ -18,7 +18,8 @@ class ReadOptions:
     `state_dim`, `action_dim`: of the environment, 0: of the checkpoint. `asset`: which of several
     `assets/<asset>/norm_stats.json`. `discrete_state`: whether pi0.5 reads the state in its prompt; None: it does
     (openpi's pi05_libero is the exception). `state_width`: the state is padded to it before it is written into the
-    prompt; None: as the checkpoint's LeRobot version did (see `lerobot.py`).
+    prompt; None: as the checkpoint's LeRobot version did (see `lerobot.py`). `action_horizon`: length of the chunk,
+    which JAX checkpoints do not say; 0: of the checkpoint.
     """
 
     device: torch.device | str = "cpu"
@@ -30,6 +31,7 @@ class ReadOptions:
     asset: str = ""
     discrete_state: bool | None = None
     state_width: int | None = None
+    action_horizon: int = 0
 
 
 def read_tokenizer(folder: Path, options: ReadOptions, *, bos: int, max_tokens: int, vocab_size: int) -> Tokenizer:

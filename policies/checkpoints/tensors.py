@@ -153,6 +153,15 @@ def load_into(
     return module
 
 
+def planned_shape(recipe: Recipe, source: ReadsTensors) -> tuple[int, ...] | str:
+    """Shape that `recipe` would give, or a sentence on why it cannot."""
+    shapes = [source.shape(name) for name in recipe.sources]
+    try:
+        return tuple(recipe(*(torch.empty(shape, device="meta") for shape in shapes)).shape)
+    except (RuntimeError, IndexError, ValueError):  # a recipe turns and slices: what it cannot has other dimensions
+        return f"{shapes[0] if len(shapes) == 1 else shapes}, which has other dimensions"
+
+
 def float32_keys(module: nn.Module) -> set[str]:
     """Parameters that stay in float32 whatever the policy's dtype: scales of RMS norms, patch and position embedding.
 
@@ -217,7 +226,7 @@ def _check(
             problems += [f"missing {s} (for {key} {tuple(expected.shape)})" for s in absent]
             if absent:
                 continue
-            shape = _planned_shape(plan[key], source)
+            shape = planned_shape(plan[key], source)
         if shape != tuple(expected.shape):
             whence = "" if key in given else f" (from {', '.join(plan[key].sources)})"
             problems.append(f"{key}{whence} has shape {shape}, expected {tuple(expected.shape)}")
@@ -232,14 +241,6 @@ def _check(
         raise PolicyCheckpointError(
             f"{source.path} does not fit {name}:\n  " + "\n  ".join(problems[:NUM_SHOWN]) + more
         )
-
-
-def _planned_shape(recipe: Recipe, source: ReadsTensors) -> tuple[int, ...] | str:
-    shapes = [source.shape(name) for name in recipe.sources]
-    try:
-        return tuple(recipe(*(torch.empty(shape, device="meta") for shape in shapes)).shape)
-    except (RuntimeError, IndexError, ValueError):  # a recipe turns and slices: what it cannot has other dimensions
-        return f"{shapes[0] if len(shapes) == 1 else shapes}, which has other dimensions"
 
 
 def _copy(view: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -277,6 +278,7 @@ __all__ = [
     "load_into",
     "names_in",
     "on_meta",
+    "planned_shape",
     "read_json",
     "write_tensors",
 ]

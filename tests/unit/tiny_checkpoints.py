@@ -9,7 +9,9 @@ import functools
 import io
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import sentencepiece
 import torch
 from safetensors.torch import save_file
@@ -166,6 +168,15 @@ def statistics(dim: int, seed: int) -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------------------ folders
+def write_norm_stats(folder: Path) -> None:
+    kept = ("mean", "std", "q01", "q99")
+    stats = {
+        name: {k: v.tolist() for k, v in statistics(dim, dim).items() if k in kept}
+        for name, dim in (("state", 8), ("actions", 7))
+    }
+    write_json(folder / "norm_stats.json", {"norm_stats": stats})
+
+
 def write_openpi(folder: Path, *, adaptive: bool, tokenizer: bool = True) -> dict[str, Tensor]:
     """State of 8, actions of 7, chunk of 5. Returns the tensors."""
     folder.mkdir(parents=True)
@@ -174,14 +185,106 @@ def write_openpi(folder: Path, *, adaptive: bool, tokenizer: bool = True) -> dic
     names = {"paligemma_variant": "dummy", "action_expert_variant": "dummy", "precision": "float32"}
     write_json(folder / "config.json", {"action_dim": ACTIONS, "action_horizon": 5, **names})
     write_json(folder / "vlm_config.json", BACKBONE)
-    kept = ("mean", "std", "q01", "q99")
-    stats = {
-        name: {k: v.tolist() for k, v in statistics(dim, dim).items() if k in kept}
-        for name, dim in (("state", 8), ("actions", 7))
-    }
-    write_json(folder / "assets" / "tiny_robot" / "norm_stats.json", {"norm_stats": stats})
+    write_norm_stats(folder / "assets" / "tiny_robot")
     if tokenizer:
         (folder / "tokenizer.model").write_bytes(tokenizer_model())
+    return tensors
+
+
+def jax_tree(tensors: dict[str, Tensor], *, adaptive: bool) -> dict[str, Any]:
+    """The same numbers as openpi's JAX modules keep them: `y = einsum(x, w)` instead of `y = x @ w.T`."""
+    root, expert = "paligemma_with_expert.paligemma.model", "paligemma_with_expert.gemma_expert.model"
+    vision = f"{root}.vision_tower.vision_model"
+
+    def stack(name: str, shape: tuple[int, ...] = (), axes: tuple[int, ...] = ()) -> np.ndarray:
+        layers = [tensors[name.format(i)].numpy() for i in range(DEPTH)]
+        shaped = [x.reshape(shape or x.shape) for x in layers]
+        return np.stack([x.transpose(axes) if axes else x for x in shaped])
+
+    def linear(name: str) -> dict[str, np.ndarray]:
+        return {"kernel": tensors[f"{name}.weight"].numpy().T, "bias": tensors[f"{name}.bias"].numpy()}
+
+    def norm(name: str, adaptive: bool) -> dict[str, Any]:
+        stacked = "{}" in name
+        if not adaptive:
+            return {"scale": stack(f"{name}.weight") if stacked else tensors[f"{name}.weight"].numpy()}
+        if not stacked:
+            return {"Dense_0": linear(f"{name}.dense")}
+        return {"Dense_0": {"kernel": stack(f"{name}.dense.weight", axes=(1, 0)), "bias": stack(f"{name}.dense.bias")}}
+
+    attn: dict[str, Any] = {}
+    layers: dict[str, Any] = {"attn": attn}
+    llm: dict[str, Any] = {"layers": layers}
+    for suffix, tower, size, is_adaptive in (
+        ("", f"{root}.language_model", LANGUAGE, False),
+        ("_1", expert, EXPERT, adaptive),
+    ):
+        layer, width, heads, kv, dim = (
+            f"{tower}.layers.{{}}",
+            size["width"],
+            size["heads"],
+            size["kv"],
+            size["head_dim"],
+        )
+        q = stack(f"{layer}.self_attn.q_proj.weight", (heads, dim, width), (0, 2, 1))
+        keys = [stack(f"{layer}.self_attn.{n}_proj.weight", (kv, dim, width), (0, 2, 1)) for n in "kv"]
+        out = [tensors[f"{tower}.layers.{i}.self_attn.o_proj.weight"].numpy() for i in range(DEPTH)]
+        attn[f"q_einsum{suffix}"] = {"w": q}
+        attn[f"kv_einsum{suffix}"] = {"w": np.stack(keys, axis=1)}
+        attn[f"attn_vec_einsum{suffix}"] = {"w": np.stack([o.T.reshape(heads, dim, width) for o in out])}
+        gates = [stack(f"{layer}.mlp.{n}_proj.weight", axes=(1, 0)) for n in ("gate", "up")]
+        linears = stack(f"{layer}.mlp.down_proj.weight", axes=(1, 0))
+        layers[f"mlp{suffix}"] = {"gating_einsum": np.stack(gates, axis=1), "linear": linears}
+        layers[f"pre_attention_norm{suffix}"] = norm(f"{layer}.input_layernorm", is_adaptive)
+        layers[f"pre_ffw_norm{suffix}"] = norm(f"{layer}.post_attention_layernorm", is_adaptive)
+        llm[f"final_norm{suffix}"] = norm(f"{tower}.norm", is_adaptive)
+    llm["embedder"] = {"input_embedding": tensors["paligemma_with_expert.paligemma.lm_head.weight"].numpy()}
+    heads, width = VISION["heads"], VISION["width"]
+    layer, dim = f"{vision}.encoder.layers.{{}}", VISION["width"] // VISION["heads"]
+    attention = {
+        theirs: {
+            "kernel": stack(f"{layer}.self_attn.{ours}.weight", (heads, dim, width), (2, 0, 1)),
+            "bias": stack(f"{layer}.self_attn.{ours}.bias", (heads, dim)),
+        }
+        for theirs, ours in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
+    }
+    outs = [tensors[f"{vision}.encoder.layers.{i}.self_attn.out_proj.weight"].numpy() for i in range(DEPTH)]
+    attention["out"] = {
+        "kernel": np.stack([o.T.reshape(heads, dim, width) for o in outs]),
+        "bias": stack(f"{layer}.self_attn.out_proj.bias"),
+    }
+    block: dict[str, Any] = {"MultiHeadDotProductAttention_0": attention, "MlpBlock_0": {}}
+    for i in (0, 1):
+        weight = stack(f"{layer}.mlp.fc{i + 1}.weight", axes=(1, 0))
+        block["MlpBlock_0"][f"Dense_{i}"] = {"kernel": weight, "bias": stack(f"{layer}.mlp.fc{i + 1}.bias")}
+        scale = stack(f"{layer}.layer_norm{i + 1}.weight")
+        block[f"LayerNorm_{i}"] = {"scale": scale, "bias": stack(f"{layer}.layer_norm{i + 1}.bias")}
+    last = {"scale": tensors[f"{vision}.post_layernorm.weight"], "bias": tensors[f"{vision}.post_layernorm.bias"]}
+    patches = tensors[f"{vision}.embeddings.patch_embedding.weight"].permute(2, 3, 1, 0).numpy()
+    img = {
+        "embedding": {"kernel": patches, "bias": tensors[f"{vision}.embeddings.patch_embedding.bias"].numpy()},
+        "pos_embedding": tensors[f"{vision}.embeddings.position_embedding.weight"].numpy()[None],
+        "Transformer": {"encoderblock": block, "encoder_norm": {k: v.numpy() for k, v in last.items()}},
+        "head": linear(f"{root}.multi_modal_projector.linear"),
+    }
+    time = ("time_mlp_in", "time_mlp_out") if adaptive else ("state_proj", "action_time_mlp_in", "action_time_mlp_out")
+    heads_of_policy = {name: linear(name) for name in ("action_in_proj", "action_out_proj", *time)}
+    return {"PaliGemma": {"llm": llm, "img": img}, **heads_of_policy}
+
+
+def write_openpi_jax(folder: Path, *, adaptive: bool, value: bool) -> dict[str, Tensor]:
+    """By orbax. `value`: each array under one more key, as a training run leaves it. Returns openpi's torch tensors."""
+    import jax
+    import orbax.checkpoint
+
+    tensors = pi0_tensors(adaptive=adaptive)
+    tree = jax.tree.map(np.ascontiguousarray, jax_tree(tensors, adaptive=adaptive))
+    if value:
+        tree = jax.tree.map(lambda x: {"value": x}, tree)
+    with orbax.checkpoint.PyTreeCheckpointer() as writer:
+        writer.save(folder.resolve() / "params", {"params": tree})
+    write_norm_stats(folder / "assets" / "tiny_robot")
+    (folder / "tokenizer.model").write_bytes(tokenizer_model())
     return tensors
 
 
