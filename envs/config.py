@@ -42,16 +42,6 @@ class EnvConfig:
         """Control steps a second of simulated time."""
         return SceneConfig().control_hz
 
-    @property
-    def for_demos(self) -> EnvConfig:
-        """Where demonstrations are recorded: here."""
-        return self
-
-    @property
-    def blind(self) -> EnvConfig:
-        """The same without cameras, for whoever needs none."""
-        return replace(self, cameras=())
-
     def make(
         self,
         num_envs: int,
@@ -111,11 +101,6 @@ class PointMazeConfig:
         """Where demonstrations are recorded: from `demo_start`."""
         return replace(self, start=self.demo_start)
 
-    @property
-    def blind(self) -> PointMazeConfig:
-        """The same: there are no cameras."""
-        return self
-
     def make(
         self,
         num_envs: int,
@@ -142,3 +127,13 @@ class PointMazeConfig:
 AnyEnvConfig = (
     EnvConfig | PointMazeConfig | ManiSkillConfig | RobosuiteConfig | LiberoConfig | MetaworldConfig | GymConfig
 )
+
+
+def demo_env(env: AnyEnvConfig) -> AnyEnvConfig:
+    """Where demonstrations for `env` are recorded: there, where it does not say otherwise."""
+    return env.for_demos if isinstance(env, PointMazeConfig | ManiSkillConfig) else env
+
+
+def without_cameras(env: AnyEnvConfig) -> AnyEnvConfig:
+    """`env` for whoever needs no pictures."""
+    return replace(env, cameras=()) if env.cameras else env

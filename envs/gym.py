@@ -28,7 +28,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
 from vla_rl.core import ActionSpec, CameraSpec, EnvSpec, Observation
-from vla_rl.envs.vector import ChunkedEnv, stream_seed
+from vla_rl.envs.expert_noise import add_noise
+from vla_rl.envs.vector import ChunkedEnv, split_stream, stream_seed
 from vla_rl.protocols import StepOutcome
 
 _GYM_SEED_LIMIT = 2**32 - 1
@@ -290,9 +291,6 @@ def make_gym(
     return ChunkedEnv(step_env, images=images, auto_reset=auto_reset)
 
 
-_SPLIT_STREAMS = {"train": (0,), "test": (1,)}
-
-
 @dataclass(frozen=True)
 class GymConfig:
     """A Gymnasium environment in this process, for recipes.
@@ -312,16 +310,6 @@ class GymConfig:
         """What the environment's observation has is what there is."""
         return ()
 
-    @property
-    def for_demos(self) -> GymConfig:
-        """Where demonstrations are recorded: here."""
-        return self
-
-    @property
-    def blind(self) -> GymConfig:
-        """The same."""
-        return self
-
     def make(
         self,
         num_envs: int,
@@ -335,8 +323,7 @@ class GymConfig:
 
         Raises ValueError for an unknown split, and gymnasium's own error for an unknown id.
         """
-        if split not in _SPLIT_STREAMS:
-            raise ValueError(f"gymnasium: split {split!r} is unknown; use one of {', '.join(_SPLIT_STREAMS)}")
+        stream = split_stream(split, "gymnasium")
         name, steps = task or self.task, self.max_episode_steps
         makers = [lambda: gym.make(name, max_episode_steps=steps, render_mode="rgb_array")] * num_envs
         vector = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
@@ -347,7 +334,7 @@ class GymConfig:
             success_key=None if self.success == "end" else self.success,
             success_is_end=self.success == "end",
             control_hz=self.control_hz,
-            stream=_SPLIT_STREAMS[split],
+            stream=stream,
         )
         return ChunkedEnv(step_env, final_images=final_images, auto_reset=auto_reset)
 
@@ -355,14 +342,14 @@ class GymConfig:
 @dataclass(frozen=True)
 class FunctionExpertConfig:
     """An expert that is a function of the state: `function`, "module:function", maps float32 [N, S] to actions [N, A].
-    `action_noise`: standard deviation added to every action, as a share of half its range."""
+    `action_noise`: see `add_noise`."""
 
     function: str
     action_noise: float = 0.0
 
 
 class FunctionExpert:
-    """Acts in `env` by a function of its state. The noise of a step follows from the episode's seed and the step."""
+    """Acts in `env` by a function of its state, with the noise of `add_noise`."""
 
     def __init__(self, env: ChunkedEnv, config: FunctionExpertConfig) -> None:
         module, _, name = config.function.partition(":")
@@ -371,11 +358,5 @@ class FunctionExpert:
 
     def __call__(self) -> Tensor:
         """Actions [N, 1, A]."""
-        env, action = self._env, self._env.spec.action
-        actions = torch.as_tensor(self._act(env.observe().state.numpy()), dtype=torch.float32)[:, None]
-        half = (torch.tensor(action.high) - torch.tensor(action.low)) / 2
-        if self._config.action_noise:
-            for i, (seed, step) in enumerate(zip(env.episode_seeds, env.episode_steps.tolist(), strict=True)):
-                noise = np.random.default_rng([seed, step]).standard_normal(action.dim)
-                actions[i, 0] += self._config.action_noise * half * torch.from_numpy(noise).float()
-        return actions
+        actions = torch.as_tensor(self._act(self._env.observe().state.numpy()), dtype=torch.float32)[:, None]
+        return add_noise(actions, self._env, self._config.action_noise)

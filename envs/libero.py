@@ -10,12 +10,12 @@ libero`. Its scene assets are not in its package: it fetches them from a model h
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vla_rl.envs.install import environments_folder, simulator_python
-from vla_rl.envs.remote import HostConfig, RemoteStepEnv
-from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.envs.install import environments_folder
+from vla_rl.envs.mujoco_simulators import make_mujoco
+from vla_rl.envs.vector import ChunkedEnv, split_stream
 
 # Without LIBERO's dependencies: its metadata asks for a training stack (robomimic, wandb, transformers, hydra), and its
 # simulator needs none of it.
@@ -32,7 +32,6 @@ REQUIREMENTS: tuple[tuple[str, ...], ...] = (
 HORIZONS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 NUM_INIT_STATES = 50
 INIT_STATES = ("disjoint", "customary")
-_RENDER_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -68,20 +67,9 @@ class LiberoConfig:
         """Control steps a second."""
         return 20.0
 
-    @property
-    def for_demos(self) -> LiberoConfig:
-        """Where demonstrations are recorded: here."""
-        return self
-
-    @property
-    def blind(self) -> LiberoConfig:
-        """The same without cameras."""
-        return replace(self, cameras=())
-
     def init_state_ids(self, split: str) -> list[int]:
         """Which of a task's 50 initial states episodes of `split` begin from. Raises ValueError for unknown names."""
-        if split not in ("train", "test"):
-            raise ValueError(f"libero: split {split!r} is unknown; use train or test")
+        split_stream(split, "libero")  # or it is unknown; there are no streams, the states decide
         if self.init_states not in INIT_STATES:
             raise ValueError(
                 f"libero: init_states {self.init_states!r} is unknown; use one of {', '.join(INIT_STATES)}"
@@ -118,17 +106,16 @@ class LiberoConfig:
         options = asdict(self) | {
             "task": task or self.task,
             "assets": assets,
-            "cameras": {camera: [self.image_size, self.image_size] for camera in self.cameras},
             "init_state_ids": ids,
             "max_episode_steps": self.max_episode_steps or HORIZONS[suite],
-            "render_size": [_RENDER_SIZE, _RENDER_SIZE],
         }
-        environment = {
-            "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl"),
-            "LIBERO_CONFIG_PATH": os.environ.get(
-                "LIBERO_CONFIG_PATH", str(environments_folder() / "libero" / "config")
-            ),
-        }
-        host = HostConfig(simulator_python("libero"), "libero", options, environment=environment)
-        env = RemoteStepEnv(host, num_envs, num_workers=self.num_workers)
-        return ChunkedEnv(env, final_images=final_images, auto_reset=auto_reset)
+        own = str(environments_folder() / "libero" / "config")
+        return make_mujoco(
+            "libero",
+            options,
+            num_envs,
+            stream=(),
+            auto_reset=auto_reset,
+            final_images=final_images,
+            environment={"LIBERO_CONFIG_PATH": os.environ.get("LIBERO_CONFIG_PATH", own)},
+        )

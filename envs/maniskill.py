@@ -21,14 +21,13 @@ from vla_rl.core import Observation
 from vla_rl.envs.hosts import maniskill_host as host
 from vla_rl.envs.install import simulator_python
 from vla_rl.envs.remote import HostConfig, RemoteStepEnv, env_spec
-from vla_rl.envs.vector import ChunkedEnv, stream_seed
+from vla_rl.envs.vector import ChunkedEnv, split_stream, stream_seed
 from vla_rl.protocols import StepOutcome
 from vla_rl.vulkan import driver_environment
 
 # The planner (mplib 0.1.1, pinned by mani_skill) is built for numpy 1 and crashes the process with numpy 2.
 REQUIREMENTS = (("mani_skill==3.0.1", "torch==2.13.0", "numpy==1.26.4", "setuptools<81"),)
 
-_SPLITS = {"train": (0,), "test": (1,)}  # streams of episodes; a seed's episodes of the two have nothing in common
 _PLANNED_STEPS = 300  # the planner takes its time: 50 to 280 steps, where most tasks give 50
 
 
@@ -88,11 +87,6 @@ class ManiSkillConfig:
             steps = _PLANNED_STEPS
         return replace(self, backend="cpu", batch_seeds=False, max_episode_steps=steps)
 
-    @property
-    def blind(self) -> ManiSkillConfig:
-        """The same without cameras, for whoever needs none."""
-        return replace(self, cameras=())
-
     def options(self, task: str | None = None) -> dict[str, Any]:
         """What `hosts/maniskill_host.py` builds from."""
         return {
@@ -120,9 +114,7 @@ class ManiSkillConfig:
 
         Raises FileNotFoundError, with the command that helps, where the simulator is not installed.
         """
-        if split not in _SPLITS:
-            raise ValueError(f"ManiSkill: split {split!r} is unknown; use one of {', '.join(_SPLITS)}")
-        options, stream = self.options(task), _SPLITS[split]
+        options, stream = self.options(task), split_stream(split, "ManiSkill")
         if self.backend == "gpu":
             env: Any = ManiSkillGpuStepEnv(options, num_envs, stream=stream, batch_seeds=self.batch_seeds)
         else:

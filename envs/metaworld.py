@@ -8,12 +8,10 @@ far end is `hosts/metaworld_host.py`.
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
-from vla_rl.envs.install import simulator_python
-from vla_rl.envs.remote import HostConfig, RemoteStepEnv
-from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.envs.mujoco_simulators import make_mujoco
+from vla_rl.envs.vector import ChunkedEnv, split_stream
 
 # gymnasium 1.4 imports packaging and does not say so.
 REQUIREMENTS: tuple[tuple[str, ...], ...] = (
@@ -22,9 +20,6 @@ REQUIREMENTS: tuple[tuple[str, ...], ...] = (
         "packaging==26.3",
     ),
 )  # fmt: skip
-
-_SPLIT_STREAMS = {"train": (0,), "test": (1,)}
-_RENDER_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -53,16 +48,6 @@ class MetaworldConfig:
         """Control steps a second."""
         return 80.0
 
-    @property
-    def for_demos(self) -> MetaworldConfig:
-        """Where demonstrations are recorded: here."""
-        return self
-
-    @property
-    def blind(self) -> MetaworldConfig:
-        """The same without cameras."""
-        return replace(self, cameras=())
-
     def make(
         self,
         num_envs: int,
@@ -77,19 +62,12 @@ class MetaworldConfig:
         Raises FileNotFoundError where Metaworld is not installed, ValueError for an unknown split, reward or size, and
         SimulatorError for what Metaworld does not know.
         """
-        if split not in _SPLIT_STREAMS:
-            raise ValueError(f"metaworld: split {split!r} is unknown; use one of {', '.join(_SPLIT_STREAMS)}")
+        stream = split_stream(split, "metaworld")
         if self.reward not in ("sparse", "dense"):
             raise ValueError(f"metaworld: reward {self.reward!r} is unknown; use sparse or dense")
         if self.image_size < 1:
             raise ValueError(f"metaworld: image_size must be positive, got {self.image_size}")
-        options = asdict(self) | {
-            "task": task or self.task,
-            "cameras": {camera: [self.image_size, self.image_size] for camera in self.cameras},
-            "max_episode_steps": self.max_episode_steps or 500,
-            "render_size": [_RENDER_SIZE, _RENDER_SIZE],
-        }
-        opengl = {"MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
-        host = HostConfig(simulator_python("metaworld"), "metaworld", options, environment=opengl)
-        env = RemoteStepEnv(host, num_envs, num_workers=self.num_workers, stream=_SPLIT_STREAMS[split])
-        return ChunkedEnv(env, final_images=final_images, auto_reset=auto_reset)
+        options = asdict(self) | {"task": task or self.task, "max_episode_steps": self.max_episode_steps or 500}
+        return make_mujoco(
+            "metaworld", options, num_envs, stream=stream, auto_reset=auto_reset, final_images=final_images
+        )

@@ -8,12 +8,10 @@ far end is `hosts/robosuite_host.py`.
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
-from vla_rl.envs.install import simulator_python
-from vla_rl.envs.remote import HostConfig, RemoteStepEnv
-from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.envs.mujoco_simulators import make_mujoco
+from vla_rl.envs.vector import ChunkedEnv, split_stream
 
 # Without robosuite's dependencies: it asks for a keyboard driver that must be compiled, and for solvers of controllers
 # that are not used here. Its own numpy limit comes through numba.
@@ -33,8 +31,6 @@ TASKS = {
     "Stack": ("Stack", 500),
     "Door": ("Door", 500),
 }
-SPLIT_STREAMS = {"train": (0,), "test": (1,)}
-_RENDER_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -61,16 +57,6 @@ class RobosuiteConfig:
     fast_pictures: bool = False
     num_workers: int = 1
 
-    @property
-    def for_demos(self) -> RobosuiteConfig:
-        """Where demonstrations are recorded: here."""
-        return self
-
-    @property
-    def blind(self) -> RobosuiteConfig:
-        """The same without cameras."""
-        return replace(self, cameras=())
-
     def make(
         self,
         num_envs: int,
@@ -85,8 +71,7 @@ class RobosuiteConfig:
         Raises FileNotFoundError where robosuite is not installed, ValueError for an unknown split, reward or size, and
         SimulatorError for what robosuite does not know.
         """
-        if split not in SPLIT_STREAMS:
-            raise ValueError(f"robosuite: split {split!r} is unknown; use one of {', '.join(SPLIT_STREAMS)}")
+        stream = split_stream(split, "robosuite")
         if self.reward not in ("sparse", "dense"):
             raise ValueError(f"robosuite: reward {self.reward!r} is unknown; use sparse or dense")
         if self.image_size < 1 or self.control_hz <= 0:
@@ -94,13 +79,7 @@ class RobosuiteConfig:
                 f"robosuite: image_size {self.image_size} and control_hz {self.control_hz} must be positive"
             )
         name, horizon = TASKS.get(task or self.task, (task or self.task, 500))
-        options = asdict(self) | {
-            "task": name,
-            "cameras": {camera: [self.image_size, self.image_size] for camera in self.cameras},
-            "max_episode_steps": self.max_episode_steps or horizon,
-            "render_size": [_RENDER_SIZE, _RENDER_SIZE],
-        }
-        opengl = {"MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
-        host = HostConfig(simulator_python("robosuite"), "robosuite", options, environment=opengl)
-        env = RemoteStepEnv(host, num_envs, num_workers=self.num_workers, stream=SPLIT_STREAMS[split])
-        return ChunkedEnv(env, final_images=final_images, auto_reset=auto_reset)
+        options = asdict(self) | {"task": name, "max_episode_steps": self.max_episode_steps or horizon}
+        return make_mujoco(
+            "robosuite", options, num_envs, stream=stream, auto_reset=auto_reset, final_images=final_images
+        )

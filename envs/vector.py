@@ -24,6 +24,7 @@ from vla_rl.core import ChunkStep, Observation
 from vla_rl.protocols import StepEnv
 
 _SEED_LIMIT = 2**63 - 1
+_SPLIT_STREAMS = {"train": (0,), "test": (1,)}
 
 
 def episode_seed(base_seed: int, episode: int) -> int:
@@ -40,6 +41,14 @@ def stream_seed(stream: Sequence[int], seed: int) -> int:
     if not stream:
         return int(seed)
     return int(np.random.SeedSequence([*stream, int(seed)]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def split_stream(split: str, simulator: str) -> tuple[int, ...]:
+    """Stream of the episodes of `split`, "train" or "test": no seed gives the same episode in both. Raises ValueError,
+    in the name of `simulator`, for another."""
+    if split not in _SPLIT_STREAMS:
+        raise ValueError(f"{simulator}: split {split!r} is unknown; use one of {', '.join(_SPLIT_STREAMS)}")
+    return _SPLIT_STREAMS[split]
 
 
 class ChunkedEnv:

@@ -32,6 +32,7 @@ from tests.benchmarks.harness import (
     median_ratio,
     summary,
 )
+from vla_rl.envs.config import without_cameras
 from vla_rl.envs.install import environments_folder, simulator_python
 from vla_rl.envs.libero import LiberoConfig
 from vla_rl.envs.maniskill import ManiSkillConfig
@@ -89,7 +90,7 @@ class _Ours:
 
 
 def _measure(name: str, vision: bool, config: SimsConfig) -> dict[str, list[float]]:
-    made = SIMULATORS[name] if vision else SIMULATORS[name].blind
+    made = SIMULATORS[name] if vision else without_cameras(SIMULATORS[name])
     ours = {"every_step": _Ours(made, 1), "decisions": _Ours(made, CHUNK)}  # first: LIBERO's host configures LIBERO
     environment = {"LIBERO_CONFIG_PATH": str(environments_folder() / "libero" / "config")}
     if name == "maniskill":

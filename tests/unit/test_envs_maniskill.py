@@ -60,7 +60,6 @@ def test_demonstrations_are_recorded_where_the_experts_are() -> None:
     assert scripted.for_demos == scripted
     assert planned.options()["render_backend"] == "gpu"
     assert scripted.options("PickCube-v1")["task"] == "PickCube-v1"
-    assert scripted.blind.options()["cameras"] == []
 
 
 def test_without_the_simulator_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from vla_rl.data.demos import DemoSummary, collect_demos
 from vla_rl.data.lerobot_format import DatasetError, atomic_write_json, read_json
 from vla_rl.data.lerobot_reader import LeRobotDataset
 from vla_rl.data.normalization import Normalizer
-from vla_rl.envs.config import EnvConfig, PointMazeConfig
+from vla_rl.envs.config import EnvConfig, PointMazeConfig, demo_env, without_cameras
 from vla_rl.envs.gym import FunctionExpert, FunctionExpertConfig, GymConfig
 from vla_rl.envs.point_maze import WaypointConfig, WaypointExpert
 from vla_rl.envs.remote_expert import RemoteExpert, RemoteExpertConfig
@@ -118,7 +118,7 @@ def record_demos(recipe: Recipe, path: Path) -> DemoSummary:
     """
     config = recipe.demos
     _check_same_demos(recipe, path)
-    env = recipe.env.for_demos.make(config.num_envs, split="train")
+    env = demo_env(recipe.env).make(config.num_envs, split="train")
     first = config.seed * 10**6
     seeds = range(first, first + (config.num_episodes if config.keep == "all" else 10 * config.num_episodes))
     try:
@@ -129,7 +129,7 @@ def record_demos(recipe: Recipe, path: Path) -> DemoSummary:
 
 
 def _check_same_demos(recipe: Recipe, path: Path) -> None:
-    kind = {"env": config_to_dict(recipe.env.for_demos), "demos": config_to_dict(recipe.demos)}
+    kind = {"env": config_to_dict(demo_env(recipe.env)), "demos": config_to_dict(recipe.demos)}
     for name in ("num_threads", "num_workers", "engine", "device"):
         kind["env"].pop(name, None)
     for name in ("num_episodes", "num_envs"):
@@ -298,7 +298,7 @@ def _maker(recipe: Recipe, config: EvalConfig, task: str) -> Callable[[int], Chu
 
 def evaluate_expert(recipe: Recipe, config: EvalConfig) -> EvalResult:
     """The scripted expert at its best on the same episodes: the upper end of a report."""
-    blind, expert = replace(recipe, env=recipe.env.blind), recipe.demos.expert
+    blind, expert = replace(recipe, env=without_cameras(recipe.env)), recipe.demos.expert
     best = replace(expert, action_noise=0.0) if isinstance(expert, FunctionExpertConfig) else type(expert)()
     results = [
         evaluate_controller(
