@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vla_rl.core import EnvSpec
+from vla_rl.policies.adaptation import load_precision, plain_state_dict
 from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
 from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
 
@@ -69,13 +70,13 @@ def policy_class_of(config: Any) -> type:
 def save_policy(
     policy: nn.Module, folder: str | Path, *, spec: EnvSpec | None = None, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write `policy` to `folder`, replacing what is there atomically.
+    """Write `policy` to `folder`, replacing what is there atomically; adapters are merged in what is written.
 
     `spec`: the environment that it was made for; `load_policy` can check it. `metadata`: JSON values for people.
     Raises TypeError for a class that is not registered.
     """
     description = _describe(policy, spec, dict(metadata or {}))
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in plain_state_dict(policy).items()}
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     partial = path / f".{WEIGHTS_FILE}.{os.getpid()}.partial"
@@ -102,6 +103,7 @@ def load_policy(folder: str | Path, *, device: torch.device | str = "cpu", spec:
         policy = policy_class(config_from_dict(config_class, description["config"], where="config"))
     except ValueError as error:
         raise PolicyCheckpointError(f"{folder}: {error}") from error
+    load_precision(policy, tensors)
     _load_strict(policy, tensors, Path(folder) / WEIGHTS_FILE)
     for name, kind in description["normalization"].items():
         policy.get_submodule(name).kind = kind
