@@ -289,7 +289,8 @@ class GaussianPolicy(HasFeatures, Policy, Protocol):
 class TokenPolicy(HasFeatures, Policy, Protocol):
     """A policy that writes its chunk in L = H * D tokens, each a bin of one number, in order of step and dimension.
 
-    Logits are over the V action tokens alone: all others of the vocabulary are masked.
+    Logits are over the V action tokens alone: all others of the vocabulary are masked. A policy whose tokens do not
+    depend on each other says so with an attribute `decodes_in_parallel`.
     """
 
     num_bins: int

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vla_rl.flow.noise import bins_of_noise
+
 NUM_BINS = 256
 
 
@@ -34,9 +36,7 @@ def pick_bins(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
     """
     if temperature == 0.0:
         return logits.argmax(dim=-1)
-    cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
-    level = torch.special.ndtr(noise.double()).unsqueeze(-1)
-    return torch.searchsorted(cumulative, level, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+    return bins_of_noise(logits.float() / temperature, noise)
 
 
 def token_loss(logits: Tensor, actions: Tensor) -> Tensor:

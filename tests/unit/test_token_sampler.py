@@ -21,11 +21,11 @@ from vla_rl.flow.likelihood import (
     laplace_kl,
     laplace_log_prob,
 )
-from vla_rl.flow.noise import RowNoise
+from vla_rl.flow.noise import RowNoise, bins_of_noise
 from vla_rl.flow.sampler import GaussianSampler, laplace_of_normal
 from vla_rl.onpolicy import GRPO, PPO, ActorConfig, GRPOConfig, PPOConfig, TokenSampler, TokenSamplerConfig
 from vla_rl.onpolicy.build import GaussianSamplerConfig, build_sampler
-from vla_rl.onpolicy.tokens import TokenTrace, inverse_cdf
+from vla_rl.onpolicy.tokens import TokenTrace
 from vla_rl.policies.blocks.state_only import state_prefix
 from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
 from vla_rl.policies.gaussian import GaussianMLP, GaussianMLPConfig
@@ -51,9 +51,9 @@ class TinyTokens(nn.Module):
         super().__init__()
         self.num_bins, self.action_horizon, self.action_dim = num_bins, steps, dims
         self.feature_dim = state_dim
-        length = steps * dims
+        self.length = steps * dims
         self.state = nn.Linear(state_dim, width)
-        self.position = nn.Parameter(0.3 * torch.randn(length, width))
+        self.position = nn.Parameter(0.3 * torch.randn(self.length, width))
         self.embedding = nn.Embedding(num_bins, width)
         self.head = nn.Sequential(nn.Tanh(), nn.Linear(width, num_bins))
         mask = torch.zeros(num_bins)
@@ -72,15 +72,14 @@ class TinyTokens(nn.Module):
         return self.head(hidden) + self.mask
 
     def sample_tokens(self, prefix, draw):
-        length = self.action_horizon * self.action_dim
-        bins = torch.zeros(len(prefix), length, dtype=torch.int64)
-        for position in range(length):
+        bins = torch.zeros(len(prefix), self.length, dtype=torch.int64)
+        for position in range(self.length):
             bins[:, position] = draw(self.token_logits(prefix, bins)[:, position], position)
         return bins
 
     def actions_of_bins(self, bins):
         centres = torch.linspace(-1.0, 1.0, self.num_bins)
-        return centres[bins].unflatten(1, (self.action_horizon, self.action_dim))
+        return centres[bins].unflatten(1, (self.action_horizon, -1))
 
     def normalize_actions(self, actions):
         return actions
@@ -150,6 +149,26 @@ def test_likelihoods_of_all_chunks_sum_to_one(scored_horizon):
     assert total == pytest.approx(1.0 if scored_horizon == 2 else 9.0, abs=1e-5)
 
 
+class Padded(TinyTokens):
+    """Writes one number more a step than the environment takes."""
+
+    def __init__(self, **options):
+        super().__init__(dims=3, **options)
+        self.noise_dim, self.action_dim = 3, 2
+
+
+@pytest.mark.parametrize(("parallel", "scored"), [(False, [0, 1, 2, 3, 4]), (True, [0, 1, 3, 4])])
+def test_padding_is_scored_where_later_tokens_depend_on_it(parallel, scored):
+    torch.manual_seed(0)
+    policy = Padded(steps=3)
+    policy.decodes_in_parallel = parallel
+    sampler = TokenSampler(policy, TokenSamplerConfig(reduction="token", scored_horizon=2))
+    _, trace = sampler.sample(states(4), noise(range(4)))
+    every = Categorical(logits=policy.token_logits(states(4), trace.bins)).log_prob(trace.bins)
+    torch.testing.assert_close(trace.values, every[:, scored].detach())
+    torch.testing.assert_close(sampler.score(states(4), trace).values, every[:, scored])
+
+
 def test_frequencies_are_the_probabilities():
     policy = make_tokens(num_bins=3, steps=1)
     sampler = TokenSampler(policy, TokenSamplerConfig(temperature=0.7))
@@ -180,10 +199,10 @@ def test_masked_bins_are_never_drawn_and_harm_no_gradient():
     assert categorical_entropy(impossible[1]).item() == 0.0
 
 
-def test_inverse_cdf_at_its_ends():
+def test_bins_at_the_ends_of_the_noise():
     log_probs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).log().expand(5, 5)
-    uniform = torch.tensor([1e-12, 0.2499, 0.2501, 1.0 - 1e-12, 1.0], dtype=torch.float64)
-    assert inverse_cdf(log_probs, uniform).tolist() == [1, 1, 3, 3, 3]
+    uniform = torch.tensor([0.0, 0.2499, 0.2501, 1.0 - 1e-12, 1.0], dtype=torch.float64)
+    assert bins_of_noise(log_probs, torch.special.ndtri(uniform)).tolist() == [1, 1, 3, 3, 3]
 
 
 def test_a_rows_draw_depends_on_its_address_alone():

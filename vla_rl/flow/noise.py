@@ -104,4 +104,15 @@ def draw_integers(high: int, shape: Sequence[int], source: NoiseSource) -> Tenso
     return torch.randint(high, tuple(shape), generator=source, device=source.device)
 
 
-__all__ = ["NoiseSource", "RowNoise", "draw_integers", "draw_normal", "philox"]
+def bins_of_noise(logits: Tensor, noise: Tensor) -> Tensor:
+    """Samples of softmax(logits) whose only randomness is `noise`: the bins at which the distribution functions pass
+    Phi(noise), and never one of probability 0.
+
+    `logits` [..., V], `noise` standard normal [...] -> int64 [...].
+    """
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    level = torch.special.ndtr(noise.double()).clamp(max=1.0 - 2.0**-40) * cumulative[..., -1]
+    return torch.searchsorted(cumulative, level.unsqueeze(-1), right=True).squeeze(-1)
+
+
+__all__ = ["NoiseSource", "RowNoise", "bins_of_noise", "draw_integers", "draw_normal", "philox"]

@@ -17,17 +17,15 @@ import torch
 from torch import Tensor
 
 from vla_rl.flow.likelihood import LogProb, categorical_entropy
-from vla_rl.flow.noise import NoiseSource, draw_normal
+from vla_rl.flow.noise import NoiseSource, bins_of_noise, draw_normal
 from vla_rl.protocols import Prefix, TokenPolicy, chunk_shape
-
-_BELOW_ONE = 1.0 - 2.0**-40
 
 
 @dataclass(frozen=True)
 class TokenSamplerConfig:
     """`temperature` of the softmax; 1.6 in SimpleVLA-RL (arXiv 2509.09674). `reduction`: one PPO ratio for a "chunk",
     its true likelihood ratio, or one for each "token". `scored_horizon`: the action steps whose tokens count, those
-    executed (None: all). What is left out comes last, so the score is the exact marginal of the rest."""
+    executed (None: all)."""
 
     temperature: float = 1.0
     reduction: Literal["chunk", "token"] = "chunk"
@@ -66,7 +64,11 @@ class TokenTrace:
 
 
 class TokenSampler:
-    """Draws and scores the bins of a `TokenPolicy`. The entropy is exact for each token given those before it."""
+    """Draws and scores the bins of a `TokenPolicy`. The entropy is exact for each token given those before it.
+
+    Scored are the tokens that reach the environment, and those between them that later ones depend on: what is left out
+    (steps beyond `scored_horizon`, padding at the end) follows on all of them, so the score is the exact likelihood.
+    """
 
     has_transitions = has_entropy = True
 
@@ -76,37 +78,41 @@ class TokenSampler:
             raise ValueError(f"scored_horizon is {horizon}, expected 1..{policy.action_horizon}")
         self.policy, self.config = policy, config
         steps, dims = chunk_shape(policy)
-        self._num_tokens, self._num_scored = steps * dims, horizon * dims
+        position = torch.arange(steps * dims).unflatten(0, (steps, dims))[:horizon]
+        if getattr(policy, "decodes_in_parallel", False):
+            position = position[:, : policy.action_dim]
+        self._num_tokens = steps * dims
+        last = int(position[-1, policy.action_dim - 1])
+        self._scored = position[position <= last]  # int64 [E]
 
     @torch.no_grad()
     def sample(self, prefix: Prefix, generator: NoiseSource) -> tuple[Tensor, TokenTrace]:
         device, n = prefix.tokens.device, len(prefix)
         # one draw for all tokens: an addressed source counts its draws, and a row must not depend on its neighbours
         normal = draw_normal((n, self._num_tokens), generator, device)
-        uniform = torch.special.ndtr(normal.double())
         tokens = torch.full((n, self._num_tokens), torch.nan, device=device)
 
         def draw(logits: Tensor, position: int) -> Tensor:
             log_probs = self._log_softmax(logits)
-            bins = inverse_cdf(log_probs, uniform[:, position])
+            bins = bins_of_noise(log_probs, normal[:, position])
             tokens[:, position] = log_probs.gather(1, bins[:, None])[:, 0]
             return bins
 
         bins = self.policy.sample_tokens(prefix, draw)
-        values, joint = self._reduce(tokens[:, : self._num_scored])
+        values, joint = self._reduce(tokens[:, self._scored.to(device)])
         return self.policy.actions_of_bins(bins), TokenTrace(bins, values, joint)
 
     def score(self, prefix: Prefix, trace: TokenTrace) -> LogProb:
-        scored = self._num_scored
-        log_probs = self._log_softmax(self.policy.token_logits(prefix, trace.bins)[:, :scored])
-        values, joint = self._reduce(log_probs.gather(2, trace.bins[:, :scored, None])[:, :, 0])
+        scored = self._scored.to(trace.bins.device)
+        log_probs = self._log_softmax(self.policy.token_logits(prefix, trace.bins)[:, scored])
+        values, joint = self._reduce(log_probs.gather(2, trace.bins[:, scored, None])[:, :, 0])
         no_step = torch.full(values.shape, -1, dtype=torch.int64, device=values.device)
         nothing = values.new_zeros(len(trace), 0, 0, 0)
         entropy = categorical_entropy(log_probs).mean(dim=1)
         return LogProb(values, no_step, joint, entropy, nothing, nothing, token_log_probs=log_probs)
 
     def joint_clip(self, clip: float) -> float:
-        return clip * (self._num_scored if self.config.reduction == "token" else 1)
+        return clip * (len(self._scored) if self.config.reduction == "token" else 1)
 
     def _log_softmax(self, logits: Tensor) -> Tensor:
         return torch.log_softmax(logits.float() / self.config.temperature, dim=-1)
@@ -117,12 +123,4 @@ class TokenSampler:
         return (tokens if self.config.reduction == "token" else joint[:, None]), joint
 
 
-def inverse_cdf(log_probs: Tensor, uniform: Tensor) -> Tensor:
-    """The bins int64 [N] at which the distribution functions of `log_probs` [N, V] pass `uniform` (float64 [N], in
-    (0, 1)); never one of probability 0."""
-    cumulative = log_probs.double().exp().cumsum(dim=1)
-    threshold = uniform.clamp(max=_BELOW_ONE) * cumulative[:, -1]
-    return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
-
-
-__all__ = ["TokenSampler", "TokenSamplerConfig", "TokenTrace", "inverse_cdf"]
+__all__ = ["TokenSampler", "TokenSamplerConfig", "TokenTrace"]
