@@ -311,7 +311,7 @@ class OpenVLAOFT(nn.Module):
 class OpenVLAOFTTokens(nn.Module):
     """Implements `TokenPolicy`, `HasVisionTokens` and `HasSupervisedLoss` of `vla_rl.protocols`."""
 
-    num_bins = NUM_BINS
+    num_bins, decodes_in_parallel = NUM_BINS, True
 
     def __init__(self, config: OpenVLAOFTTokensConfig) -> None:
         super().__init__()
