@@ -35,6 +35,7 @@ from vla_rl.policies.blocks.prismatic import (
 )
 from vla_rl.policies.blocks.sizes import require_sizes
 from vla_rl.policies.blocks.tokenizer import TokenizerConfig
+from vla_rl.policies.blocks.vla_inputs import VLAInputs
 from vla_rl.protocols import PolicyInputs, Prefix
 
 
@@ -219,6 +220,13 @@ class ParallelBody(nn.Module):
         return torch.cat([end[:, None], hidden[:, length : length + self.num_slots - 1]], dim=1)
 
 
+def initial_std_logit(config: OpenVLAOFTConfig) -> Tensor:
+    """[H, D]: where `initial_std` lies between the bounds, before the sigmoid."""
+    low, high = math.log(config.std_min), math.log(config.std_max)
+    share = (math.log(config.initial_std) - low) / (high - low)
+    return torch.full((config.action_horizon, config.chunk_dim), math.log(share / (1.0 - share)))
+
+
 class OpenVLAOFT(nn.Module):
     """Implements `GaussianPolicy`, `HasVisionTokens` and `HasSupervisedLoss` of `vla_rl.protocols`.
 
@@ -233,14 +241,15 @@ class OpenVLAOFT(nn.Module):
         self.action_dim, self.feature_dim = config.action_dim, self.body.feature_dim
         width = config.body.vlm.decoder.width
         self.action_head = RegressionHead(config.chunk_dim * width, width, config.chunk_dim)
-        low, high = math.log(config.std_min), math.log(config.std_max)
-        share = (math.log(config.initial_std) - low) / (high - low)
-        shape = (config.action_horizon, config.chunk_dim)
-        self.std_logit = nn.Parameter(torch.full(shape, math.log(share / (1.0 - share))))
+        self.std_logit = nn.Parameter(initial_std_logit(config))
 
     @property
-    def inputs(self) -> nn.Module:
+    def inputs(self) -> VLAInputs:
         return self.body.inputs
+
+    @property
+    def vlm(self) -> Prismatic:
+        return self.body.vlm
 
     def set_normalization(self, state: Normalizer, action: Normalizer) -> None:
         """Normalisers of the state [S] and of one control step's action [A]."""
@@ -321,8 +330,12 @@ class OpenVLAOFTTokens(nn.Module):
         self.action_dim, self.feature_dim = config.action_dim, self.body.feature_dim
 
     @property
-    def inputs(self) -> nn.Module:
+    def inputs(self) -> VLAInputs:
         return self.body.inputs
+
+    @property
+    def vlm(self) -> Prismatic:
+        return self.body.vlm
 
     def set_normalization(self, state: Normalizer, action: Normalizer) -> None:
         """Normalisers of the state [S] and of one control step's action [A]."""
@@ -403,5 +416,6 @@ __all__ = [
     "OpenVLAOFTTokens",
     "OpenVLAOFTTokensConfig",
     "ParallelConfig",
+    "initial_std_logit",
     "parallel_7b",
 ]
