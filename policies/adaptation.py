@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal, cast
@@ -87,6 +87,13 @@ class AdaptationConfig:
     def is_off(self) -> bool:
         return self == AdaptationConfig()
 
+    def of_frozen_encoder(self) -> AdaptationConfig:
+        """What of it is left where the expert alone is to learn."""
+        lora = self.lora
+        if lora is not None:
+            lora = replace(lora, parts=("expert",)) if "expert" in lora.parts else None
+        return replace(self, train=() if lora is not None else ("expert",), lora=lora)
+
 
 def apply_adaptation(policy: nn.Module, config: AdaptationConfig, *, seed: int = 0) -> None:
     """Change `policy` in place; its outputs stay (to rounding in bfloat16). `seed`: of the adapters' first weights.
@@ -99,6 +106,9 @@ def apply_adaptation(policy: nn.Module, config: AdaptationConfig, *, seed: int =
         _add_adapters(policy, config.lora, seed)
     if "all" not in config.train:
         _train_only(policy, config)
+    for parameter in policy.parameters():  # of a policy that was stored with parts of lower precision
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     if config.precision == "bfloat16":
         _lower_precision(policy)
     if config.gradient_checkpointing:
@@ -109,7 +119,8 @@ def apply_adaptation(policy: nn.Module, config: AdaptationConfig, *, seed: int =
 
 def part_of(name: str) -> Part:
     """Of a parameter or module with this dotted name. The first word that says it counts; "expert" where none does."""
-    return next((_PART_OF[word] for word in name.split(".") if word in _PART_OF), "expert")
+    found: Iterator[Part] = (_PART_OF[word] for word in name.split(".") if word in _PART_OF)
+    return next(found, "expert")
 
 
 def _train_only(policy: nn.Module, config: AdaptationConfig) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+from dataclasses import replace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -12,9 +13,12 @@ import pytest
 import torch
 
 from tests.unit.tiny_vlms import vlm_json
+from vla_rl.configs import get_recipe
 from vla_rl.core import Observation
+from vla_rl.envs.config import EnvConfig
 from vla_rl.flow.config import FlowSamplerConfig
 from vla_rl.flow.sampler import FlowSampler
+from vla_rl.onpolicy import ActorConfig, PPOConfig
 from vla_rl.policies.adaptation import (
     AdaptationConfig,
     LoRAConfig,
@@ -26,11 +30,17 @@ from vla_rl.policies.adaptation import (
     save_adapter,
 )
 from vla_rl.policies.blocks.expert import ActionExpertConfig
+from vla_rl.policies.blocks.tokenizer import TokenizerConfig
 from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
 from vla_rl.policies.checkpoints.native import load_policy, save_policy
 from vla_rl.policies.hf_backbone import HFBackboneConfig
 from vla_rl.policies.hf_vlm import HFFlowConfig, HFFlowPolicy
 from vla_rl.policies.pi0 import Pi0, Pi0Config
+from vla_rl.train import sft
+from vla_rl.train.loop import TrainConfig
+from vla_rl.train.recipe import DemosConfig, Recipe
+from vla_rl.train.sft import SFTConfig
+from vla_rl.train.stages import check_recipe, fine_tune, record_demos, reinforce
 
 LORA = AdaptationConfig(train=("expert",), lora=LoRAConfig(rank=4, alpha=8.0))
 FIRST = "language_model.layers.0.mlp.up_proj"
@@ -134,11 +144,11 @@ def test_an_adapter_adds_alpha_over_rank_times_b_a():
     policy = pi0()
     apply_adaptation(policy, LORA)
     train(policy, steps=1)
-    layer = policy.get_submodule(FIRST)
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    state = policy.state_dict()
+    a, b = state[f"{FIRST}.lora_A.default.weight"], state[f"{FIRST}.lora_B.default.weight"]
     assert a.shape == (4, 96)
     merged = plain_state_dict(policy)[f"{FIRST}.weight"]
-    torch.testing.assert_close(merged, layer.base_layer.weight + 2.0 * b @ a, atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(merged, state[f"{FIRST}.base_layer.weight"] + 2.0 * b @ a, atol=1e-7, rtol=1e-6)
     # the last layer's feed-forward is read by nobody: no adapter waits there for a gradient
     assert not hasattr(policy.get_submodule("language_model.layers.2.mlp.up_proj"), "lora_A")
     assert hasattr(policy.get_submodule("language_model.layers.2.self_attn.k_proj"), "lora_A")
@@ -300,6 +310,72 @@ def test_a_compiled_expert_gives_the_same_velocity():
     torch.testing.assert_close(act(policy), act(plain), atol=1e-5, rtol=1e-4)
     assert policy.expert._compiled_call_impl is not None
     assert torch.equal(act(copy.deepcopy(policy)), act(plain))
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+RECIPE = Recipe(
+    env=EnvConfig(task="reach", cameras=("agent",), image_size=64, num_threads=1),
+    demos=DemosConfig(num_episodes=2, num_envs=2),
+    policy=Pi0Config(action_horizon=4, num_steps=2, max_state_dim=32, tokenizer=TokenizerConfig(max_tokens=80)),
+    adaptation=replace(LORA, precision="bfloat16", gradient_checkpointing=True),
+    sft=SFTConfig(num_updates=2, batch_size=4, warmup_updates=0, checkpoint_interval=1),
+    train=TrainConfig(
+        num_iterations=1,
+        num_envs=2,
+        algorithm=PPOConfig(num_decisions=2, critic_warmup_iterations=0, actor=ActorConfig(num_epochs=1)),
+        sampler=FlowSamplerConfig(num_steps=2),
+    ),
+    device="cpu",
+)
+
+
+def test_a_recipe_with_adaptation(tmp_path):
+    check_recipe(RECIPE)
+    record_demos(RECIPE, tmp_path / "demos")
+    assert fine_tune(RECIPE, tmp_path / "demos", tmp_path / "sft", resume=False).finished
+    start = load_policy(tmp_path / "sft" / "policy")
+    assert start.language_model.dtype == torch.bfloat16
+    moved = {}
+    for freeze in (True, False):
+        recipe = replace(RECIPE, train=replace(RECIPE.train, freeze_encoder=freeze))
+        folder = tmp_path / f"rl_{freeze}"
+        assert reinforce(recipe, tmp_path / "sft" / "policy", folder, resume=False).finished
+        (row,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert row["update/ratio_error_first"] < 2e-3
+        end = load_policy(folder / "policy").state_dict()
+        moved[freeze] = {part_of(k) for k, v in start.state_dict().items() if not torch.equal(v, end[k])}
+    assert moved[True] == {"expert"}
+    assert moved[False] >= {"expert", "language_model"}
+    assert "vision" not in moved[False]
+
+
+def test_adapted_fine_tuning_goes_on_from_its_checkpoint(tmp_path):
+    record_demos(RECIPE, tmp_path / "demos")
+    longer = replace(RECIPE, sft=replace(RECIPE.sft, num_updates=3))
+    fine_tune(longer, tmp_path / "demos", tmp_path / "whole", resume=False)
+    save = sft.save_state
+
+    def save_and_die(path, value):
+        save(path, value)
+        if value["trainer"]["num_updates"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "save_state", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(longer, tmp_path / "demos", tmp_path / "parts", resume=False)
+    fine_tune(longer, tmp_path / "demos", tmp_path / "parts", resume=True)
+    whole, parts = (load_policy(tmp_path / name / "policy").state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_recipes_that_cannot_be_adapted():
+    own = replace(get_recipe("maze_wsrl"), adaptation=AdaptationConfig(train=("expert",)))
+    assert not own.fine_tunes
+    with pytest.raises(ValueError, match="trains an agent of its own"):
+        check_recipe(own)
+    with pytest.raises(ValueError, match="name no linear layer"):
+        check_recipe(replace(RECIPE, adaptation=replace(LORA, lora=LoRAConfig(targets=("none",)))))
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

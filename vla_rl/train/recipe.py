@@ -13,6 +13,7 @@ from vla_rl.envs.config import AnyEnvConfig, EnvConfig
 from vla_rl.envs.gym import FunctionExpertConfig
 from vla_rl.envs.point_maze import WaypointConfig
 from vla_rl.envs.remote_expert import RemoteExpertConfig
+from vla_rl.policies.adaptation import AdaptationConfig
 from vla_rl.policies.build import PolicyConfig
 from vla_rl.policies.tiny import TinyVLAConfig
 from vla_rl.rollout.ray_config import RolloutConfig
@@ -78,13 +79,16 @@ class EvalConfig:
 @dataclass(frozen=True)
 class Recipe:
     """`train`: on-policy, or from replay. `rollout`: who collects for on-policy learning. `policy`: sizes left at 0 are
-    the environment's. `state_normalization`, `action_normalization`: from the statistics of the demonstrations.
+    the environment's. `adaptation`: what of the policy is trained, in fine-tuning and on-policy learning; of the latter
+    with `train.freeze_encoder`, what concerns the expert. `state_normalization`, `action_normalization`: from the
+    statistics of the demonstrations.
     `device`: where policies live; "auto" is a GPU where there is one. `torch_threads`: one is fastest for small
     networks, many times so on busy cores."""
 
     env: AnyEnvConfig = field(default_factory=EnvConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)
     policy: PolicyConfig = field(default_factory=TinyVLAConfig)
+    adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     train: TrainConfig | OffPolicyConfig = field(default_factory=TrainConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

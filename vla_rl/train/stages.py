@@ -26,6 +26,7 @@ from vla_rl.onpolicy.build import build_learner as build_on_policy_learner
 from vla_rl.onpolicy.build import build_sampler
 from vla_rl.onpolicy.grpo import GRPOConfig
 from vla_rl.onpolicy.ppo import PPOConfig
+from vla_rl.policies.adaptation import apply_adaptation
 from vla_rl.policies.build import build_policy
 from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.native import load_policy, save_policy
@@ -73,6 +74,10 @@ def check_recipe(recipe: Recipe) -> None:
     device_of(recipe)
     train = recipe.train
     policy: Any = build_policy(recipe.policy, env.spec, seed=0) if recipe.fine_tunes else None
+    if policy is not None:
+        apply_adaptation(policy, recipe.adaptation)
+    elif not recipe.adaptation.is_off:
+        raise ValueError("adaptation is for a policy that is fine-tuned, this recipe trains an agent of its own")
     if policy is not None and train.execution_horizon > policy.action_horizon:
         raise ValueError(
             f"train.execution_horizon is {train.execution_horizon}, the policy predicts {policy.action_horizon} steps"
@@ -164,6 +169,7 @@ def fine_tune(
             Normalizer.from_stats(dataset.stats["observation.state"], recipe.state_normalization),
             Normalizer.from_stats(dataset.stats["action"], recipe.action_normalization),
         )
+    apply_adaptation(policy, recipe.adaptation, seed=recipe.sft.seed)
     cameras = tuple(getattr(policy.config, "cameras", ()))
     chunks = ChunkDataset(dataset, policy.action_horizon, cameras=cameras)
     sampler = DatasetSampler(chunks, recipe.sft.batch_size, recipe.sft.seed)
@@ -227,6 +233,7 @@ def _reinforce_on_policy(
     one = recipe.env.make(1, split="train")
     one.close()
     policy: Any = load_policy(policy_folder, device=device_of(recipe), spec=one.spec)
+    _adapt(policy, recipe, config)
     demos = None
     if config.algorithm.actor.bc_coef > 0.0:
         if dataset_path is None:
@@ -248,6 +255,16 @@ def _reinforce_on_policy(
         rollout=rollout,
         progress_demos=progress_demos,
     )
+
+
+def _adapt(policy: Any, recipe: Recipe, config: TrainConfig) -> None:
+    if recipe.adaptation.is_off:
+        return
+    adaptation = recipe.adaptation
+    if config.freeze_encoder:
+        policy.freeze_encoder()  # before, so that all of it may be of lower precision
+        adaptation = adaptation.of_frozen_encoder()
+    apply_adaptation(policy, adaptation, seed=config.algorithm.seed)
 
 
 def _curve_metrics(recipe: Recipe, policy: Any) -> dict[str, float]:
