@@ -31,6 +31,7 @@ from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_
 from vla_rl.policies.gaussian import GaussianMLP, GaussianMLPConfig
 from vla_rl.protocols import PolicyInputs, Prefix, TokenPolicy
 from vla_rl.rollout.collector import RolloutCollector
+from vla_rl.rollout.ray_batches import from_plain, to_plain
 from vla_rl.train.loop import TrainConfig
 
 
@@ -203,6 +204,16 @@ def test_bins_at_the_ends_of_the_noise():
     log_probs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).log().expand(5, 5)
     uniform = torch.tensor([0.0, 0.2499, 0.2501, 1.0 - 1e-12, 1.0], dtype=torch.float64)
     assert bins_of_noise(log_probs, torch.special.ndtri(uniform)).tolist() == [1, 1, 3, 3, 3]
+
+
+def test_traces_travel():
+    sampler = TokenSampler(make_tokens(), TokenSamplerConfig())
+    _, trace = sampler.sample(states(6), noise(range(6)))
+    again = from_plain(
+        to_plain(TokenTrace.concatenate([trace.select(torch.arange(2)), trace.select(torch.arange(2, 6))]))
+    )
+    assert isinstance(again, TokenTrace)
+    assert all(torch.equal(a, b) for a, b in zip(vars(again).values(), vars(trace).values(), strict=True))
 
 
 def test_a_rows_draw_depends_on_its_address_alone():

@@ -66,8 +66,9 @@ class TokenTrace:
 class TokenSampler:
     """Draws and scores the bins of a `TokenPolicy`. The entropy is exact for each token given those before it.
 
-    Scored are the tokens that reach the environment, and those between them that later ones depend on: what is left out
-    (steps beyond `scored_horizon`, padding at the end) follows on all of them, so the score is the exact likelihood.
+    Scored are the tokens that reach the environment, and those that such tokens depend on. What is left out (steps
+    beyond `scored_horizon`, padding) only follows on them or is independent, so the score is the exact likelihood.
+    With `reference_kl_coef` an update keeps the reference's distributions: 4 M E V bytes for M decisions of E tokens.
     """
 
     has_transitions = has_entropy = True
