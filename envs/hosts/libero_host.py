@@ -23,12 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from . import mujoco_view, waypoints
-from .waypoints import CLOSED, OPEN, Waypoint, above
+from . import libero_experts, mujoco_view, waypoints
 
 _STATE_NAMES = ("eef_x", "eef_y", "eef_z", "eef_rx", "eef_ry", "eef_rz", "finger_left", "finger_right")
-_NULL_ACTION = np.array([0.0] * 6 + [OPEN])
-_MAX_WIDTH = 0.07  # metres that fit between the open fingers (0.08) with a margin
+_NULL_ACTION = np.array([0.0] * 6 + [waypoints.OPEN])
 
 
 def _import_libero(assets: str | None) -> Path:
@@ -173,10 +171,10 @@ class LiberoEnv:
         return self._picture("agentview", *self._options["render_size"])
 
     def expert_action(self) -> np.ndarray:
-        """Raises NotImplementedError where the goal is not one movable object at one place."""
+        """Raises NotImplementedError for a goal that `libero_experts.script` has nothing for."""
         if self._follower is None:
-            self._follower = waypoints.Follower(pick_and_place(self._env))
-        return self._follower.action(*_gripper(self._env), self._steps)
+            self._follower = waypoints.Follower(libero_experts.script(self._env))
+        return self._follower.action(*libero_experts.gripper(self._env), self._steps)
 
     def close(self) -> None:
         self._view.close()
@@ -208,81 +206,6 @@ def _rotation_vector(quaternion: np.ndarray) -> np.ndarray:
     w = float(np.clip(quaternion[3], -1.0, 1.0))
     sine = np.sqrt(1.0 - w * w)
     return np.zeros(3) if np.isclose(sine, 0.0) else quaternion[:3] * 2.0 * np.arccos(w) / sine
-
-
-# ------------------------------------------------------------------------------------------------------------ expert
-def _gripper(env: Any) -> tuple[np.ndarray, np.ndarray]:
-    site = env.robots[0].eef_site_id
-    return np.array(env.sim.data.site_xpos[site]), np.array(env.sim.data.site_xmat[site]).reshape(3, 3)
-
-
-def _corners(env: Any, name: str) -> np.ndarray:
-    """Corners of the boxes around an object's collision shapes, [M, 3] in the world."""
-    model, data = env.sim.model._model, env.sim.data._data
-    geoms = [env.sim.model.geom_name2id(geom) for geom in env.get_object(name).contact_geoms]
-    signs = np.array(np.meshgrid(*[[-1.0, 1.0]] * 3)).reshape(3, 8).T
-    return np.concatenate(
-        [
-            data.geom_xpos[g]
-            + (model.geom_aabb[g, :3] + signs * model.geom_aabb[g, 3:]) @ data.geom_xmat[g].reshape(3, 3).T
-            for g in geoms
-        ]
-    )
-
-
-def _grasp_pose(env: Any, name: str) -> tuple[np.ndarray, float]:
-    """Where the gripper closes around an object: across its narrow side, or on the rim of what is too wide."""
-    corners = _corners(env, name)
-    low, high = corners[:, 2].min(), corners[:, 2].max()
-    best_yaw, best_width, middle = 0.0, np.inf, np.zeros(2)
-    for yaw in np.linspace(-np.pi / 4, 3 * np.pi / 4, 36, endpoint=False):
-        x, y = (corners @ waypoints.rotation_z(yaw))[:, :2].T
-        if y.max() - y.min() < best_width - 1e-3:
-            best_yaw, best_width = float(yaw), float(y.max() - y.min())
-            middle = waypoints.rotation_z(yaw)[:2, :2] @ np.array([x.max() + x.min(), y.max() + y.min()]) / 2
-    if best_width <= _MAX_WIDTH:
-        return np.array([*middle, max((low + high) / 2, high - 0.04)]), best_yaw
-    others = [np.array(env.sim.data.body_xpos[b][:2]) for n, b in env.obj_body_id.items() if n != name]
-    middle = (corners.max(0) + corners.min(0))[:2] / 2
-    radius = (corners.max(0) - corners.min(0))[1] / 2 - 0.008
-    sides = [middle + np.array([0.0, side * radius]) for side in (1.0, -1.0)]
-    room = [min((float(np.linalg.norm(side - other)) for other in others), default=1.0) for side in sides]
-    return np.array([*sides[int(np.argmax(room))], high - 0.015]), 0.0
-
-
-def _place(env: Any, target: str) -> np.ndarray:
-    """The middle of the top of where an object shall go: another object, or a region of one."""
-    if target in env.object_sites_dict:
-        position = np.array(env.sim.data.get_site_xpos(target))
-        parent = env.object_sites_dict[target].parent_name
-        if target.endswith("contain_region") and parent in env.objects_dict:
-            position[2] = _corners(env, parent)[:, 2].max() - 0.02
-        return position
-    corners = _corners(env, target)
-    return np.array([*(corners.max(0) + corners.min(0))[:2] / 2, corners[:, 2].max()])
-
-
-def pick_and_place(env: Any) -> Iterator[Any]:
-    """Take the goal's object and put it where the goal says. Raises NotImplementedError for other goals."""
-    goals = env.parsed_problem["goal_state"]
-    if len(goals) != 1 or len(goals[0]) != 3 or goals[0][1] not in env.objects_dict:
-        raise NotImplementedError(f"the scripted expert moves one object to one place; this goal is {goals}")
-    _, name, target = goals[0]
-    grasp, yaw = _grasp_pose(env, name)
-    yield Waypoint(above(grasp, 0.12), yaw, OPEN)
-    grasp, yaw = _grasp_pose(env, name)
-    yield Waypoint(grasp, yaw, OPEN, tolerance=0.006)
-    yield Waypoint(grasp, yaw, CLOSED, hold=10, max_steps=10)
-    lifted = above(grasp, 0.25)
-    yield Waypoint(lifted, yaw, CLOSED, tolerance=0.02)
-    place, held = _place(env, target), _corners(env, name)
-    middle = np.array([*(held.max(0) + held.min(0))[:2] / 2, held[:, 2].min()])
-    goal = place + _gripper(env)[0] - middle
-    over = np.array([goal[0], goal[1], max(lifted[2], goal[2] + 0.05)])
-    yield Waypoint(over, yaw, CLOSED, tolerance=0.015)
-    yield Waypoint(above(goal, 0.01), yaw, CLOSED, tolerance=0.01)
-    yield Waypoint(above(goal, 0.01), yaw, OPEN, hold=8, max_steps=8)
-    yield Waypoint(above(goal, 0.2), yaw, OPEN)
 
 
 def build(options: dict[str, Any]) -> LiberoEnv:

@@ -24,8 +24,9 @@ _DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 class Waypoint(NamedTuple):
     """Where the gripper goes next: `position` [3] metres, `yaw` radians, `grip` OPEN or CLOSED.
 
-    At yaw 0 the hand is turned as at home, and the fingers close along the world's y. The waypoint is reached within
-    `tolerance` metres, not before `hold` control steps, and given up after `max_steps`.
+    At yaw 0 the hand is turned as at home, and the fingers close along the world's y. `tilt` radians raise the hand
+    about its own x axis before that: it points down at 0, and at yaw 0 towards the world's -y at pi / 2. The waypoint
+    is reached within `tolerance` metres, not before `hold` control steps, and given up after `max_steps`.
     """
 
     position: np.ndarray
@@ -34,6 +35,7 @@ class Waypoint(NamedTuple):
     hold: int = 0
     tolerance: float = 0.01
     max_steps: int = 60
+    tilt: float = 0.0
 
 
 class Follower:
@@ -69,7 +71,7 @@ class Follower:
 
 
 def _error(waypoint: Waypoint, position: np.ndarray, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    target = rotation_z(waypoint.yaw) @ _DOWN
+    target = rotation_z(waypoint.yaw) @ _rotation_x(-waypoint.tilt) @ _DOWN
     return waypoint.position - position, rotation_vector(target @ rotation.T)
 
 
@@ -93,6 +95,11 @@ def rotation_z(yaw: float) -> np.ndarray:
     """Rotation by `yaw` radians about the vertical, [3, 3]."""
     c, s = np.cos(yaw), np.sin(yaw)
     return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+
+
+def _rotation_x(angle: float) -> np.ndarray:
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([[1.0, 0.0, 0.0], [0.0, c, -s], [0.0, s, c]])
 
 
 def rotation_vector(rotation: np.ndarray) -> np.ndarray:

@@ -104,6 +104,30 @@ def test_expert_succeeds_and_success_ends_the_episode(soup: ChunkedEnv) -> None:
 
 
 @needs_libero
+@pytest.mark.parametrize(("task", "longest"), [("libero_goal/0", 120), ("libero_goal/7", 120), ("libero_10/7", 300)])
+def test_expert_opens_drawers_turns_knobs_and_follows_goals_of_more_parts(task: str, longest: int) -> None:
+    env = LiberoConfig(task=task, cameras=()).make(1, split="train")
+    try:
+        success, length, _ = _expert_episode(env, 0)
+    finally:
+        env.close()
+    assert success
+    assert length < longest
+
+
+@needs_libero
+def test_a_goal_without_a_script_is_refused_each_time() -> None:
+    env = LiberoConfig(task="libero_10/3", cameras=()).make(1, split="train")
+    try:
+        env.reset([0])
+        for _ in range(2):
+            with pytest.raises(SimulatorError, match="this goal has close white_cabinet_1_bottom_region"):
+                env.step_env.expert_actions(torch.tensor([0]))
+    finally:
+        env.close()
+
+
+@needs_libero
 def test_seeds_walk_through_the_init_states_of_their_split(soup: ChunkedEnv) -> None:
     """Seed 25 begins as seed 0 does: train has 25 states. No scene of `test` is one of `train`."""
     columns = [i for i, name in enumerate(soup.spec.state_names) if name.endswith(("_1_x", "_1_y"))]
