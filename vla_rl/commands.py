@@ -247,6 +247,67 @@ def compare_command(argv: list[str]) -> int:
     return 0
 
 
+# ------------------------------------------------------------------------------------------------------- checkpoints
+@dataclass(frozen=True)
+class InspectOptions:
+    """folder: of a checkpoint in any layout. tokenizer: folder with the tokenizer's file. asset: whose statistics, where
+    openpi's assets have several. action_horizon: of a JAX checkpoint, whose files do not say it. json: one JSON object
+    for machines."""
+
+    folder: tyro.conf.Positional[Path]
+    tokenizer: Path | None = None
+    asset: str = ""
+    action_horizon: int = 0
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """source: folder of a checkpoint in any layout. target: new folder. layout: of what is written. cameras: names in
+    the observation that fill the model's picture slots, in order. discrete_state: no-discrete-state is for openpi's
+    pi05_libero, which does not read the state. state_width: zeros follow the state up to it in the prompt. The others
+    are as in `inspect`."""
+
+    source: tyro.conf.Positional[Path]
+    target: tyro.conf.Positional[Path]
+    layout: Literal["native", "openpi", "openpi_jax", "lerobot", "openvla"]
+    tokenizer: Path | None = None
+    cameras: tuple[str, ...] = ()
+    asset: str = ""
+    action_horizon: int = 0
+    discrete_state: bool = True
+    state_width: int | None = None
+
+
+def checkpoint_command(argv: list[str]) -> int:
+    """Look at a checkpoint, or write it in another layout."""
+    from vla_rl.policies.checkpoints.load_any import convert, describe
+    from vla_rl.policies.checkpoints.options import ReadOptions
+
+    action, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if action == "inspect":
+        o = _parse(InspectOptions, rest, "checkpoint inspect")
+        told = ReadOptions(tokenizer=o.tokenizer, asset=o.asset, action_horizon=o.action_horizon)
+        lines = describe(o.folder, told)
+        print(json.dumps(lines, indent=2) if o.json else "\n".join(f"{k:22} {v}" for k, v in lines.items()))
+    elif action == "convert":
+        o = _parse(ConvertOptions, rest, "checkpoint convert")
+        told = ReadOptions(
+            dtype=None,
+            tokenizer=o.tokenizer,
+            cameras=o.cameras,
+            asset=o.asset,
+            action_horizon=o.action_horizon,
+            discrete_state=o.discrete_state,
+            state_width=o.state_width,
+        )
+        convert(o.source, o.target, o.layout, told)
+        print(f"{o.target}: {o.layout}")
+    else:
+        raise UsageError("checkpoint: say inspect DIR, or convert FROM TO --layout LAYOUT")
+    return 0
+
+
 # ----------------------------------------------------------------------------------------------------------- parsing
 def _parse(options: Any, argv: list[str], command: str) -> Any:
     """`argv` over the defaults in `options`. For a wrong option tyro ends the process with code 2 and a suggestion."""

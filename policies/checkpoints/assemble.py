@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from vla_rl.data.normalization import Normalizer
+from vla_rl.policies.adaptation import compute_in_own_precision, plain_state_dict
 from vla_rl.policies.blocks.images import Padding
 from vla_rl.policies.blocks.tokenizer import Tokenizer
 from vla_rl.policies.blocks.vla_inputs import PromptConfig
 from vla_rl.policies.checkpoints.native import PolicyCheckpointError
 from vla_rl.policies.checkpoints.options import ReadOptions
+from vla_rl.policies.checkpoints.orbax import OrbaxSource
 from vla_rl.policies.checkpoints.sizes import Shape, gemma_sizes, smollm_sizes, vision_sizes
-from vla_rl.policies.checkpoints.tensors import ReadsTensors, Recipe, load_into, on_meta
+from vla_rl.policies.checkpoints.tensors import Recipe, TensorSource, load_into, on_meta
 from vla_rl.policies.pi0 import Pi0, Pi0Config
 from vla_rl.policies.smolvla import SmolVLA, SmolVLAConfig
 
@@ -108,32 +113,39 @@ def max_state_dim(shape: Shape, *, adaptive: bool) -> int:
     return shape("action_out_proj.weight")[0] if adaptive else shape("state_proj.weight")[1]
 
 
-def assemble(
-    config: Pi0Config | SmolVLAConfig,
-    source: ReadsTensors,
-    recipe: Callable[[str], Recipe | str],
-    *,
-    unused: tuple[str, ...],
-    tokenizer: Tokenizer,
-    normalizers: tuple[Normalizer, Normalizer],
-    options: ReadOptions,
-) -> FlowVLA:
-    """The policy in evaluation mode. `recipe`: of one of our keys. Raises PolicyCheckpointError as `load_into` does."""
+@dataclass(frozen=True)
+class Plan:
+    """All that is known of a checkpoint before its tensors are read. `recipe`: of one of our keys; `unused`: as
+    `load_into` has it."""
+
+    config: Pi0Config | SmolVLAConfig
+    source: TensorSource | OrbaxSource
+    recipe: Callable[[str], Recipe | str]
+    unused: tuple[str, ...]
+    tokenizer: Tokenizer
+    normalizers: tuple[Normalizer, Normalizer]
+
+
+def assemble(plan: Plan, options: ReadOptions) -> FlowVLA:
+    """The policy in evaluation mode. Raises PolicyCheckpointError as `load_into` does."""
+    config = plan.config
     policy: FlowVLA = on_meta(lambda: Pi0(config) if isinstance(config, Pi0Config) else SmolVLA(config))
-    given = {"inputs.tokenizer.file": tokenizer.file}
-    for name, normalizer in zip(("state", "action"), normalizers, strict=True):
+    given = {"inputs.tokenizer.file": plan.tokenizer.file}
+    for name, normalizer in zip(("state", "action"), plan.normalizers, strict=True):
         given[f"inputs.{name}_normalizer.offset"] = normalizer.offset
         given[f"inputs.{name}_normalizer.scale"] = normalizer.scale
-    recipes = {key: recipe(key) for key in policy.state_dict() if key not in given}
-    load_into(policy, source, recipes, given=given, unused=unused, dtype=options.dtype, device=options.device)
-    policy.inputs.state_normalizer.kind = normalizers[0].kind
-    policy.inputs.action_normalizer.kind = normalizers[1].kind
+    recipes = {key: plan.recipe(key) for key in policy.state_dict() if key not in given}
+    load_into(policy, plan.source, recipes, given=given, unused=plan.unused, dtype=options.dtype, device=options.device)
+    policy.inputs.state_normalizer.kind = plan.normalizers[0].kind
+    policy.inputs.action_normalizer.kind = plan.normalizers[1].kind
+    if any(p.dtype != torch.float32 for p in policy.parameters()):
+        compute_in_own_precision(policy)
     return policy.eval()
 
 
 def network_state(policy: FlowVLA) -> dict[str, Any]:
-    """Parameters alone, without normalisers and tokenizer: what the public files of weights hold."""
-    return {key: value for key, value in policy.state_dict().items() if not key.startswith("inputs.")}
+    """Parameters alone, without normalisers and tokenizer, as public files of weights hold them; adapters are merged."""
+    return {key: value for key, value in plain_state_dict(policy).items() if not key.startswith("inputs.")}
 
 
 Family = Literal["pi0", "pi05", "smolvla"]
@@ -159,6 +171,7 @@ __all__ = [
     "PALIGEMMA_BOS",
     "Family",
     "FlowVLA",
+    "Plan",
     "assemble",
     "family_of_policy",
     "max_state_dim",

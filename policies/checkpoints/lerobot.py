@@ -24,7 +24,7 @@ from vla_rl.policies.blocks.vla_inputs import PromptConfig
 from vla_rl.policies.checkpoints.assemble import (
     PALIGEMMA_BOS,
     FlowVLA,
-    assemble,
+    Plan,
     family_of_policy,
     network_state,
     pi0_config,
@@ -64,7 +64,7 @@ _OFF: dict[str, Any] = {
 }
 
 
-def load_lerobot(folder: Path, options: ReadOptions) -> FlowVLA:
+def plan_lerobot(folder: Path, options: ReadOptions) -> Plan:
     """Raises PolicyCheckpointError for files that are missing, corrupt or of another model, or a setting that this
     project does not have; FileNotFoundError where no tokenizer is found."""
     where = folder / "config.json"
@@ -89,19 +89,11 @@ def load_lerobot(folder: Path, options: ReadOptions) -> FlowVLA:
     )
     make = _smolvla if family == "smolvla" else _pi0
     policy_config = make(folder, config, names, features, normalizers, tokenizer, options)
-    return assemble(
-        policy_config,
-        weights,
-        names,
-        unused=_UNUSED,
-        tokenizer=tokenizer,
-        normalizers=normalizers,
-        options=options,
-    )
+    return Plan(policy_config, weights, names, _UNUSED, tokenizer, normalizers)
 
 
 def save_lerobot(policy: FlowVLA, folder: Path) -> None:
-    """Write `policy` as `load_lerobot` reads it, in the layout of version 0.4 and later.
+    """Write `policy` as `plan_lerobot` reads it, in the layout of version 0.4 and later.
 
     What LeRobot has no setting for is its own there: how a sentence is cleaned, where pictures are padded, which
     dimensions bear loss. Raises PolicyCheckpointError for another class and for the tokenizer of bytes.
@@ -371,4 +363,4 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-__all__ = ["FAMILIES", "Features", "load_lerobot", "read_normalizers", "save_lerobot"]
+__all__ = ["FAMILIES", "Features", "plan_lerobot", "read_normalizers", "save_lerobot"]

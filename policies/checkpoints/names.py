@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from vla_rl.policies.checkpoints.native import PolicyCheckpointError
-from vla_rl.policies.checkpoints.tensors import ReadsTensors
+from vla_rl.policies.checkpoints.tensors import TensorSource
 
 _SIGLIP = {
     "vision.position_embedding": "embeddings.position_embedding.weight",
@@ -72,7 +72,7 @@ def theirs(ours: str, names: dict[str, str]) -> str:
 class PublicNames:
     """Our keys in one checkpoint. `prefix`: "model." in LeRobot's. Raises PolicyCheckpointError for another family."""
 
-    def __init__(self, source: ReadsTensors, prefix: str = "") -> None:
+    def __init__(self, source: TensorSource, prefix: str = "") -> None:
         self.source, self.prefix = source, prefix
         self.keys = source.keys()
         self.present = set(self.keys)

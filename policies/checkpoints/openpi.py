@@ -11,10 +11,12 @@ from typing import Any
 
 from vla_rl.data.normalization import Normalizer
 from vla_rl.policies.blocks.decoder import DecoderConfig
+from vla_rl.policies.blocks.tokenizer import Tokenizer
 from vla_rl.policies.blocks.vla_inputs import PromptConfig
 from vla_rl.policies.checkpoints.assemble import (
     PALIGEMMA_BOS,
-    assemble,
+    Depth,
+    Plan,
     family_of_policy,
     max_state_dim,
     network_state,
@@ -33,27 +35,25 @@ CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 PROMPT_TOKENS = {"pi0": 48, "pi05": 200}
 
 
-def load_openpi(folder: Path, options: ReadOptions) -> Pi0:
+def plan_openpi(folder: Path, options: ReadOptions) -> Plan:
     """Raises PolicyCheckpointError for files that are missing, corrupt or of another model, FileNotFoundError where no
     tokenizer is found."""
     names = PublicNames(TensorSource.of_folder(folder))
     config = read_json(folder / "config.json")
-    policy_config, parts = read_parts(
+    config, tokenizer, normalizers = read_parts(
         folder,
         options,
         names.shape,
         names.depth,
         adaptive=names.family == "pi05",
-        action_horizon=required(config, "action_horizon", folder / "config.json"),
+        action_horizon=options.action_horizon or required(config, "action_horizon", folder / "config.json"),
         backbone=backbone_config(folder),
     )
-    policy = assemble(policy_config, names.source, names, unused=UNUSED, options=options, **parts)
-    assert isinstance(policy, Pi0)
-    return policy
+    return Plan(config, names.source, names, UNUSED, tokenizer, normalizers)
 
 
 def save_openpi(policy: Pi0, folder: Path, *, asset: str = "vla_rl") -> None:
-    """Write `policy` as `load_openpi` reads it. The token embedding lies under `paligemma.lm_head`, as openpi's writer
+    """Write `policy` as `plan_openpi` reads it. The token embedding lies under `paligemma.lm_head`, as openpi's writer
     leaves it. Raises PolicyCheckpointError for another class and for the tokenizer of bytes."""
     if family_of_policy(policy) == "smolvla":
         raise PolicyCheckpointError("openpi has no SmolVLA; convert to 'lerobot'")
@@ -82,13 +82,13 @@ def read_parts(
     folder: Path,
     options: ReadOptions,
     shape: Shape,
-    depth: Any,
+    depth: Depth,
     *,
     adaptive: bool,
     action_horizon: int,
     backbone: dict[str, Any],
-) -> tuple[Pi0Config, dict[str, Any]]:
-    """Config, and the `tokenizer` and `normalizers` that `assemble` takes."""
+) -> tuple[Pi0Config, Tokenizer, tuple[Normalizer, Normalizer]]:
+    """What is the same whichever file the tensors lie in."""
     discrete_state = adaptive and options.discrete_state is not False
     vocab_size = shape("language_model.embed_tokens.weight")[0]
     tokens = PROMPT_TOKENS["pi05" if adaptive else "pi0"]
@@ -112,7 +112,7 @@ def read_parts(
         image_padding="center",
         loss_on_padding=True,
     )
-    return config, {"tokenizer": tokenizer, "normalizers": normalizers}
+    return config, tokenizer, normalizers
 
 
 def norm_stats_files(folder: Path) -> list[Path]:
@@ -165,4 +165,4 @@ def variant_of(config: DecoderConfig) -> str:
     return "custom"
 
 
-__all__ = ["CAMERAS", "load_openpi", "read_norm_stats", "save_openpi"]
+__all__ = ["CAMERAS", "plan_openpi", "read_norm_stats", "save_openpi"]

@@ -10,12 +10,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vla_rl.policies.checkpoints.assemble import assemble, family_of_policy, network_state
+from vla_rl.policies.checkpoints.assemble import Plan, family_of_policy, network_state
 from vla_rl.policies.checkpoints.native import PolicyCheckpointError
 from vla_rl.policies.checkpoints.openpi import read_parts, write_norm_stats
 from vla_rl.policies.checkpoints.options import ReadOptions, write_tokenizer
@@ -26,7 +26,6 @@ from vla_rl.policies.pi0 import Pi0
 _LLM, _IMG = "PaliGemma.llm", "PaliGemma.img"
 _BLOCK = f"{_IMG}.Transformer.encoderblock"
 _ATTENTION = f"{_BLOCK}.MultiHeadDotProductAttention_0"
-UNUSED: tuple[str, ...] = ()
 
 
 class Turn(NamedTuple):
@@ -162,9 +161,9 @@ def _decoder_rules(suffix: str, tower: str, heads: Heads, *, adaptive: bool) -> 
 
 
 # --------------------------------------------------------------------------------------------------- read and write
-def load_openpi_jax(folder: Path, options: ReadOptions) -> Pi0:
+def plan_openpi_jax(folder: Path, options: ReadOptions) -> Plan:
     """`folder`: a step, with params and assets in it. The length of the chunk is in no file of openpi's:
-    `options.action_horizon` gives it. Raises PolicyCheckpointError and FileNotFoundError as `load_openpi`."""
+    `options.action_horizon` gives it. Raises PolicyCheckpointError and FileNotFoundError as `plan_openpi`."""
     params = params_folder(folder)
     if params is None:
         raise PolicyCheckpointError(f"{folder} has no params of orbax; it holds {names_in(folder)}")
@@ -186,7 +185,7 @@ def load_openpi_jax(folder: Path, options: ReadOptions) -> Pi0:
             raise PolicyCheckpointError(f"{params}: {ours} has shape {found}")
         return found
 
-    config, parts = read_parts(
+    config, tokenizer, normalizers = read_parts(
         folder,
         options,
         shape,
@@ -195,11 +194,11 @@ def load_openpi_jax(folder: Path, options: ReadOptions) -> Pi0:
         action_horizon=_action_horizon(folder, options),
         backbone={"vision_config": {"num_attention_heads": heads.vision}},
     )
-    return cast(Pi0, assemble(config, source, recipes.__getitem__, unused=UNUSED, options=options, **parts))
+    return Plan(config, source, recipes.__getitem__, (), tokenizer, normalizers)
 
 
 def save_openpi_jax(policy: Pi0, folder: Path, *, asset: str = "vla_rl") -> None:
-    """Write `policy` as a step that `load_openpi_jax`, and openpi, read. Raises PolicyCheckpointError for another class
+    """Write `policy` as a step that `plan_openpi_jax`, and openpi, read. Raises PolicyCheckpointError for another class
     and for the tokenizer of bytes."""
     if family_of_policy(policy) == "smolvla":
         raise PolicyCheckpointError("openpi has no SmolVLA; convert to 'lerobot'")
@@ -218,7 +217,7 @@ def save_openpi_jax(policy: Pi0, folder: Path, *, asset: str = "vla_rl") -> None
         arrays[rule.source] = parts[0] if len(parts) == 1 else torch.stack(parts, dim=1)
     write_orbax(folder / "params", arrays)
     write_norm_stats(policy, folder / "assets" / asset)
-    horizon = {"action_horizon": config.action_horizon}  # for `load_openpi_jax`; openpi has it in its code
+    horizon = {"action_horizon": config.action_horizon}  # for `plan_openpi_jax`; openpi has it in its code
     (folder / "config.json").write_text(json.dumps(horizon, indent=2) + "\n", encoding="utf-8")
 
 
@@ -250,4 +249,4 @@ def _action_horizon(folder: Path, options: ReadOptions) -> int:
     )
 
 
-__all__ = ["Heads", "load_openpi_jax", "rules", "save_openpi_jax"]
+__all__ = ["Heads", "plan_openpi_jax", "rules", "save_openpi_jax"]

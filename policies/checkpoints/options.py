@@ -7,23 +7,23 @@ from pathlib import Path
 
 import torch
 
-from vla_rl.policies.blocks.tokenizer import FILES, Tokenizer
+from vla_rl.policies.blocks.tokenizer import FILES, Tokenizer, TokenizerConfig
 from vla_rl.policies.checkpoints.native import PolicyCheckpointError
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """`tokenizer`: folder with the tokenizer's file, where the checkpoint's has none. `cameras`: names in the
-    observation that fill the model's picture slots in order; empty: the names that the checkpoint uses.
-    `state_dim`, `action_dim`: of the environment, 0: of the checkpoint. `asset`: which of several
-    `assets/<asset>/norm_stats.json`. `discrete_state`: whether pi0.5 reads the state in its prompt; None: it does
-    (openpi's pi05_libero is the exception). `state_width`: the state is padded to it before it is written into the
+    """`dtype`: of the parameters, None: as they are stored. `tokenizer`: folder with the tokenizer's file, where the
+    checkpoint's has none. `cameras`: names in the observation that fill the model's picture slots in order; empty: the
+    names that the checkpoint uses. `state_dim`, `action_dim`: of the environment, 0: of the checkpoint. `asset`: which
+    of several `assets/<asset>/norm_stats.json`. `discrete_state`: whether pi0.5 reads the state in its prompt; None: it
+    does (openpi's pi05_libero is the exception). `state_width`: the state is padded to it before it is written into the
     prompt; None: as the checkpoint's LeRobot version did (see `lerobot.py`). `action_horizon`: length of the chunk,
-    which JAX checkpoints do not say; 0: of the checkpoint.
+    which JAX checkpoints do not say; 0: of the checkpoint. `require_tokenizer`: False to look at one without.
     """
 
     device: torch.device | str = "cpu"
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = torch.float32
     tokenizer: Path | None = None
     cameras: tuple[str, ...] = ()
     state_dim: int = 0
@@ -32,6 +32,7 @@ class ReadOptions:
     discrete_state: bool | None = None
     state_width: int | None = None
     action_horizon: int = 0
+    require_tokenizer: bool = True
 
 
 def read_tokenizer(folder: Path, options: ReadOptions, *, bos: int, max_tokens: int, vocab_size: int) -> Tokenizer:
@@ -39,6 +40,8 @@ def read_tokenizer(folder: Path, options: ReadOptions, *, bos: int, max_tokens: 
     place = options.tokenizer or folder
     if not any((place / name).is_file() for name in FILES) and (place / "tokenizer").is_dir():
         place = place / "tokenizer"  # as LeRobot stores it since 0.6
+    if not options.require_tokenizer and not any((place / name).is_file() for name in FILES):
+        return Tokenizer(TokenizerConfig(bos=bos, max_tokens=max_tokens))
     tokenizer = Tokenizer.from_folder(place, bos=bos, max_tokens=max_tokens)
     if tokenizer.num_ids > vocab_size:
         raise PolicyCheckpointError(

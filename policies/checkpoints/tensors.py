@@ -122,15 +122,15 @@ def load_into(
     *,
     given: Mapping[str, Tensor] | None = None,
     unused: Iterable[str] = (),
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
 ) -> M:
     """Give `module`, built by `on_meta`, its values: `recipes` and `given` together name each key of its state.
 
     `recipes`: our key -> a recipe, or the name of a source tensor. `given`: values that lie elsewhere (normalisers,
     the tokenizer's file). `unused`: regular expressions of whole source keys that are shipped and not needed.
-    Parameters get `dtype`, but for RMS norms and what embeds patches, which stay in float32 as `float32_keys` says;
-    buffers keep the dtype that they were built with.
+    Parameters get `dtype` (None: each as it is stored), but for RMS norms and what embeds patches, which are float32 as
+    `float32_keys` says; buffers keep the dtype that they were built with.
 
     Raises PolicyCheckpointError that lists source tensors that are missing, unknown or of another shape.
     """
@@ -146,10 +146,20 @@ def load_into(
     ):  # what lies together is read together
         expected = state[key]
         value = given[key] if key in given else plan[key](*(source.view(name) for name in plan[key].sources))
-        wanted = expected.dtype if key in buffers else torch.float32 if key in kept else dtype
+        wanted = expected.dtype if key in buffers else torch.float32 if key in kept else dtype or value.dtype
         values[key] = _copy(value, wanted, device)
         del value
+    return give_values(module, values)
+
+
+def give_values(module: M, values: Mapping[str, Tensor]) -> M:
+    """Put `values`, all of its state, in the place of those on the meta device; they are not copied."""
     module.load_state_dict(values, strict=True, assign=True)
+    left = [name for name, x in (*module.named_parameters(), *module.named_buffers()) if x.is_meta]
+    if left:
+        raise TypeError(
+            f"{type(module).__name__} has tensors that are not part of its state, so have no values: {left}"
+        )
     return module
 
 
@@ -275,6 +285,7 @@ __all__ = [
     "Recipe",
     "TensorSource",
     "float32_keys",
+    "give_values",
     "load_into",
     "names_in",
     "on_meta",
