@@ -86,11 +86,11 @@ def test_sentencepiece_lies_in_the_policy_as_bytes(tmp_path):
     import sentencepiece
 
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file())
-    tokenizer = Tokenizer.from_folder(tmp_path, bos=2, max_tokens=20)
+    tokenizer = Tokenizer.from_folder(tmp_path, bos=2, max_tokens=24)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     expected = [2, *reference.encode("push the red block 12\n")]
     row = tokenizer(["push the red block 12\n"])[0].tolist()
-    assert row == expected + [0] * (20 - len(expected))
+    assert row == expected + [0] * (24 - len(expected))
     assert reference.decode(row[1 : len(expected)]) == "push the red block 12\n"
     assert tokenizer.num_ids == reference.vocab_size()
     again = Tokenizer(tokenizer.config)
