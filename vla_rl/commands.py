@@ -250,9 +250,9 @@ def compare_command(argv: list[str]) -> int:
 # ------------------------------------------------------------------------------------------------------- checkpoints
 @dataclass(frozen=True)
 class InspectOptions:
-    """folder: of a checkpoint in any layout. tokenizer: folder with the tokenizer's file. asset: whose statistics, where
-    openpi's assets have several. action_horizon: of a JAX checkpoint, whose files do not say it. json: one JSON object
-    for machines."""
+    """folder: of a checkpoint in any layout. tokenizer: folder with the tokenizer's file. asset: whose statistics,
+    where openpi's assets have several. action_horizon: of a JAX checkpoint, whose files do not say it. json: one JSON
+    object for machines."""
 
     folder: tyro.conf.Positional[Path]
     tokenizer: Path | None = None
@@ -264,7 +264,7 @@ class InspectOptions:
 @dataclass(frozen=True)
 class ConvertOptions:
     """source: folder of a checkpoint in any layout. target: new folder. layout: of what is written. cameras: names in
-    the observation that fill the model's picture slots, in order. discrete_state: no-discrete-state is for openpi's
+    the observation that fill the model's picture slots, in order. discrete_state: False is for openpi's
     pi05_libero, which does not read the state. state_width: zeros follow the state up to it in the prompt. The others
     are as in `inspect`."""
 
@@ -275,7 +275,7 @@ class ConvertOptions:
     cameras: tuple[str, ...] = ()
     asset: str = ""
     action_horizon: int = 0
-    discrete_state: bool = True
+    discrete_state: bool | None = None
     state_width: int | None = None
 
 

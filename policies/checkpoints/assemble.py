@@ -144,7 +144,7 @@ def assemble(plan: Plan, options: ReadOptions) -> FlowVLA:
 
 
 def network_state(policy: FlowVLA) -> dict[str, Any]:
-    """Parameters alone, without normalisers and tokenizer, as public files of weights hold them; adapters are merged."""
+    """Parameters alone, without normalisers and tokenizer, as in public files of weights; adapters are merged."""
     return {key: value for key, value in plain_state_dict(policy).items() if not key.startswith("inputs.")}
 
 

@@ -34,6 +34,7 @@ from vla_rl.policies.checkpoints.openvla import OpenVLAOptions, is_openvla, read
 from vla_rl.policies.checkpoints.options import ReadOptions
 from vla_rl.policies.checkpoints.orbax import OrbaxSource, params_folder
 from vla_rl.policies.checkpoints.tensors import TensorSource, float32_keys, names_in, on_meta, read_json
+from vla_rl.policies.pi0 import Pi0Config
 
 Layout = Literal["native", "openpi", "openpi_jax", "lerobot", "openvla"]
 LAYOUTS: dict[Layout, str] = {
@@ -132,7 +133,25 @@ def convert(
 def _read(folder: Path, layout: Layout, options: ReadOptions, openvla: OpenVLAOptions | None) -> nn.Module:
     if layout == "openvla":
         return read_openvla(folder, options, openvla)
-    return assemble(_PLANS[layout](folder, options), options)
+    return assemble(_plan(folder, layout, options), options)
+
+
+def _plan(folder: Path, layout: Layout, options: ReadOptions) -> Plan:
+    """Raises PolicyCheckpointError for an option that this checkpoint has no use for."""
+    plan = _PLANS[layout](folder, options)
+    adaptive = isinstance(plan.config, Pi0Config) and plan.config.adaptive
+    if not adaptive and (options.discrete_state is not None or options.state_width is not None):
+        raise PolicyCheckpointError(f"{folder}: discrete_state and state_width are for pi0.5, this is {family(plan)}")
+    if options.asset and layout == "lerobot":
+        raise PolicyCheckpointError(f"{folder}: asset {options.asset!r} is for openpi's checkpoints, this is LeRobot's")
+    return plan
+
+
+def family(plan: Plan) -> str:
+    """ "pi0", "pi05" or "smolvla"."""
+    if isinstance(plan.config, Pi0Config):
+        return "pi05" if plan.config.adaptive else "pi0"
+    return "smolvla"
 
 
 def _load_native(folder: Path, device: torch.device | str, spec: EnvSpec | None) -> nn.Module:
@@ -166,10 +185,12 @@ def describe(folder: Path, options: ReadOptions | None = None) -> dict[str, str]
     if layout == "openvla":
         config = read_json(folder / "config.json")
         return lines | {"family": "openvla", "statistics of": ", ".join(config.get("norm_stats", {})) or "none"}
-    plan = _PLANS[layout](folder, told)
-    lines |= {"family": _family(plan.config)} | _describe_config(plan.config) | _describe_tensors(plan.source)
+    plan = _plan(folder, layout, told)
+    lines |= {"family": family(plan)} | _describe_config(plan.config) | _describe_tensors(plan.source)
     for name, normalizer in zip(("state", "action"), plan.normalizers, strict=True):
         lines[f"{name} normalisation"] = normalizer.kind
+    if layout == "openpi_jax" and not told.action_horizon and not (folder / "config.json").is_file():
+        lines["chunk"] = "its length is in no file: action_horizon, when it is loaded"
     lines["tokenizer"] = _describe_tokenizer(folder, told, plan)
     return lines
 
@@ -206,10 +227,6 @@ def _describe_config(config: Any) -> dict[str, str]:
     }
 
 
-def _family(config: Any) -> str:
-    return family_of_policy(on_meta(lambda: policy_class_of(config)(config)))
-
-
 def _describe_tensors(source: TensorSource | OrbaxSource) -> dict[str, str]:
     counts: Counter[str] = Counter()
     for key in source.keys():  # noqa: SIM118
@@ -241,4 +258,4 @@ def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-__all__ = ["LAYOUTS", "Layout", "convert", "describe", "layout_of", "load_any"]
+__all__ = ["LAYOUTS", "Layout", "convert", "describe", "family", "layout_of", "load_any"]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vla_rl.policies.checkpoints.assemble import Plan, family_of_policy, network_state
+from vla_rl.policies.checkpoints.assemble import Plan, family_of_policy, network_state, required
 from vla_rl.policies.checkpoints.native import PolicyCheckpointError
 from vla_rl.policies.checkpoints.openpi import read_parts, write_norm_stats
 from vla_rl.policies.checkpoints.options import ReadOptions, write_tokenizer
@@ -242,7 +242,9 @@ def _action_horizon(folder: Path, options: ReadOptions) -> int:
     if options.action_horizon:
         return options.action_horizon
     if (folder / "config.json").is_file():
-        return read_json(folder / "config.json")["action_horizon"]
+        return required(read_json(folder / "config.json"), "action_horizon", folder / "config.json")
+    if not options.require_tokenizer:  # it is only looked at
+        return 1
     raise PolicyCheckpointError(
         f"{folder}: no file of this layout says how many actions a chunk has; pass action_horizon= (--action-horizon): "
         "50 for pi0_base and pi05_base, 10 for pi0_droid and pi05_libero, 15 for pi05_droid"
