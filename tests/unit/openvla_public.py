@@ -64,7 +64,8 @@ def random(*shape):
 
 
 def linear(name, rows, columns, bias=True):
-    return {f"{name}.weight": random(rows, columns)} | ({f"{name}.bias": random(rows)} if bias else {})
+    weight = torch.randn(rows, columns) * columns**-0.5
+    return {f"{name}.weight": weight} | ({f"{name}.bias": random(rows)} if bias else {})
 
 
 def norm(name, width):
@@ -73,7 +74,7 @@ def norm(name, width):
 
 def tower_tensors(spec, dino, film):
     root, width = spec["root"], spec["width"]
-    t = {f"{root}patch_embed.proj.weight": random(width, 3, 14, 14), f"{root}patch_embed.proj.bias": random(width)}
+    t = {f"{root}patch_embed.proj.weight": random(width, 3, 14, 14) / 7, f"{root}patch_embed.proj.bias": random(width)}
     t[f"{root}pos_embed"] = random(1, PATCHES, width)
     if dino:
         t |= {f"{root}cls_token": random(1, 1, width), f"{root}reg_token": random(1, 2, width)}

@@ -48,7 +48,7 @@ def oft_folder(path, film=False):
 
 
 def film_towers(tensors):
-    """`vision_backbone--*.pt`: blocks are wrapped, one matrix has a LoRA update inside. Changes `tensors` to the sum."""
+    """`vision_backbone--*.pt`: blocks are wrapped, one matrix has a LoRA update, which is added in `tensors`."""
     towers = {}
     for key, value in tensors.items():
         if key.startswith("vision_backbone."):
