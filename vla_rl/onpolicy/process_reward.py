@@ -10,7 +10,10 @@ It enters as the difference of a potential P (Ng, Harada and Russell, ICML 1999)
     F = coef * (gamma^k P(s') - P(s)),   P = 0 after a termination
 
 whose discounted sum over an episode is -coef * P of its first state whatever was done in between, so the best policy
-stays the best. A reward for progress itself would rather be collected than finished.
+stays the best. A reward for progress itself would rather be collected than finished. The price: episodes that all fail
+have returned the same, so it shares credit out sooner and cannot teach a task that never succeeds. On the two-way reach
+(60 demonstrations, 3 seeds, 25 to 60 updates) PPO learned as fast with it as without: try it where the critic is what
+is slow, and compare.
 """
 
 from __future__ import annotations
