@@ -252,7 +252,7 @@ class Pi0(nn.Module):
         if self.config.adaptive:
             condition = functional.silu(project(self.time_mlp_in, time))
             condition = functional.silu(project(self.time_mlp_out, condition))
-            return actions.to(dtype), condition.to(dtype)
+            return actions.to(dtype), condition
         both = torch.cat([actions, time.to(actions.dtype)[:, None].expand_as(actions)], dim=-1)
         tokens = project(self.action_time_mlp_out, functional.silu(project(self.action_time_mlp_in, both)))
         state = prefix.pooled[:, self.config.language.width :]

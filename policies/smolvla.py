@@ -33,27 +33,30 @@ def _tiny_vision() -> VisionTransformerConfig:
     return VisionTransformerConfig(width=64, depth=2, mlp_width=128, num_heads=4, image_size=64, patch_size=8)
 
 
-def _llama(width: int, depth: int, mlp_width: int, heads: tuple[int, int, int], **which: int) -> DecoderConfig:
+def smollm(
+    width: int, depth: int, mlp_width: int, heads: tuple[int, int, int], *, vocab_size: int = 0
+) -> DecoderConfig:
+    """A language model of the SmolLM2 family with `heads` (queries, keys, width of each); without words an expert."""
     return DecoderConfig(
         width,
         depth,
         mlp_width,
         *heads,
-        vocab_size=which.get("vocab_size", 0),
+        vocab_size=vocab_size,
         norm_offset=False,
         norm_eps=1e-5,
         activation="silu",
-        embedding_scale=width**0.5 if which.get("vocab_size") else 1.0,
-        cross_attention_every=which.get("cross_attention_every", 0),
+        embedding_scale=width**0.5 if vocab_size else 1.0,
+        cross_attention_every=0 if vocab_size else 2,
     )
 
 
 def _tiny_language() -> DecoderConfig:
-    return _llama(96, 4, 192, (4, 2, 24), vocab_size=260)
+    return smollm(96, 4, 192, (4, 2, 24), vocab_size=260)
 
 
 def _tiny_expert() -> DecoderConfig:
-    return _llama(72, 4, 144, (4, 2, 24), cross_attention_every=2)
+    return smollm(72, 4, 144, (4, 2, 24))
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,8 @@ def smolvla_size() -> SmolVLAConfig:
     return SmolVLAConfig(
         vision=VisionTransformerConfig(768, 12, 3072, 12, image_size=512, patch_size=16),
         pixel_shuffle=4,
-        language=_llama(960, 16, 2560, (15, 5, 64), vocab_size=49_280),
-        expert=_llama(720, 16, 2048, (15, 5, 64), cross_attention_every=2),
+        language=smollm(960, 16, 2560, (15, 5, 64), vocab_size=49_280),
+        expert=smollm(720, 16, 2048, (15, 5, 64)),
     )
 
 

@@ -43,9 +43,10 @@ class AdaptiveRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """`x [N, L, width]`, `condition [N, condition_width]` -> normed [N, L, width] and gate [N, 1, width]."""
-        scale, shift, gate = self.dense(condition).unsqueeze(1).chunk(3, dim=-1)
-        normed = functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
-        return torch.addcmul(shift, normed, 1.0 + scale), gate
+        modulation = self.dense(condition.to(self.dense.weight.dtype)).float()
+        scale, shift, gate = modulation.unsqueeze(1).chunk(3, dim=-1)
+        normed = functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return torch.addcmul(shift, normed, 1.0 + scale).to(x.dtype), gate.to(x.dtype)
 
 
 class FeedForward(nn.Module):

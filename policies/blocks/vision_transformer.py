@@ -48,6 +48,16 @@ class VisionTransformerConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
+class VisionNorm(nn.LayerNorm):
+    """LayerNorm in the precision of its own weights, which may be higher than that of `x`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class VisionAttention(nn.Module):
     """Multi-head self-attention with biases."""
 
@@ -82,9 +92,9 @@ class VisionLayer(nn.Module):
 
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.layer_norm1 = VisionNorm(config.width)
         self.self_attn = VisionAttention(config.width, config.num_heads)
-        self.layer_norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.layer_norm2 = VisionNorm(config.width)
         self.mlp = VisionFeedForward(config.width, config.mlp_width, config.activation)
         if config.layer_scale:
             self.scale1 = nn.Parameter(torch.full((config.width,), 1e-5))
@@ -119,7 +129,7 @@ class VisionTransformer(nn.Module):
             self.extra_tokens = nn.Parameter(torch.zeros(num_extra, config.width))  # class token first
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.depth - config.num_unused_layers))
         if config.final_norm:
-            self.post_layernorm = nn.LayerNorm(config.width, eps=1e-6)
+            self.post_layernorm = VisionNorm(config.width)
 
     def forward(self, images: Tensor, sentence: Tensor | None = None) -> Tensor:
         """`sentence`: [N, film_width], where the tower has FiLM. Raises ValueError for pictures of another size."""

@@ -134,8 +134,9 @@ def test_adaptive_norms_scale_shift_and_gate():
     hidden, _ = decoder(x, torch.arange(4)[None], condition=condition)
     torch.testing.assert_close(hidden, rms)
     with torch.no_grad():
-        decoder.norm.dense.weight[:32, 0] = 1.0  # scale = condition[0]
-        decoder.norm.dense.bias[32:64] = 0.5
+        weights = dict(decoder.named_parameters())
+        weights["norm.dense.weight"][:32, 0] = 1.0  # scale = condition[0]
+        weights["norm.dense.bias"][32:64] = 0.5
     hidden, _ = decoder(x, torch.arange(4)[None], condition=condition)
     torch.testing.assert_close(hidden, rms * (1 + condition[:, None, :1]) + 0.5)
 

@@ -173,7 +173,7 @@ def test_parity_with_transformers(pair):
     assert checked == len([p for p in ours.parameters() if p.requires_grad])
 
 
-def rms(x, weight=None, condition=None):
+def rms(x, weight, condition=None):
     """RMSNorm of Gemma, or adaRMS from `weight` (matrix, bias): normed and gate."""
     normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     if condition is None:
