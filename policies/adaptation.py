@@ -119,8 +119,10 @@ def apply_adaptation(policy: nn.Module, config: AdaptationConfig, *, seed: int =
 
 def part_of(name: str) -> Part:
     """Of a parameter or module with this dotted name. The first word that says it counts; "expert" where none does."""
-    found: Iterator[Part] = (_PART_OF[word] for word in name.split(".") if word in _PART_OF)
-    return next(found, "expert")
+    for word in name.split("."):
+        if word in _PART_OF:
+            return _PART_OF[word]
+    return "expert"
 
 
 def _train_only(policy: nn.Module, config: AdaptationConfig) -> None:

@@ -16,6 +16,7 @@ from vla_rl.protocols import HasSupervisedLoss, PolicyInputs, Prefix, require, t
 from vla_rl.rollout.collector import RolloutBatch
 from vla_rl.train.distributed import average_gradients, mean_over_learners, num_minibatches
 from vla_rl.train.divergence import require_finite
+from vla_rl.train.sharding import clip_gradients, loss_share, optimizer_groups
 
 DemoSource = Callable[[int], tuple[PolicyInputs, Tensor, Tensor]]
 """Batch size -> inputs, normalised actions [M, H, A], mask bool [M, H]."""
@@ -181,7 +182,7 @@ class ActorUpdate:
             raise ValueError("the policy has no trainable parameters")
         self._parameters = parameters
         self._optimizer = torch.optim.AdamW(
-            parameters,
+            optimizer_groups(parameters),
             lr=config.learning_rate,
             betas=config.adam_betas,
             weight_decay=config.weight_decay,
@@ -305,9 +306,10 @@ class ActorUpdate:
 
     def _step(self, loss: Tensor, minibatch: Mapping[str, Tensor]) -> float:
         self._optimizer.zero_grad()
-        loss.backward()
-        average_gradients(self._parameters, len(minibatch["rows"]))
-        norm = nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
+        num_rows = len(minibatch["rows"])
+        (loss * loss_share(self._parameters, num_rows)).backward()
+        average_gradients(self._parameters, num_rows)
+        norm = clip_gradients(self._parameters, self.config.max_grad_norm)
         require_finite("the policy's gradient", norm, minibatch)
         self._optimizer.step()
         return float(norm)

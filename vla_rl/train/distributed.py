@@ -85,11 +85,24 @@ def num_minibatches(num_rows: int, minibatch_size: int) -> int:
     return number
 
 
+def is_divided(tensor: object) -> bool:
+    """Whether it is a part of a tensor that learners share (`sharding.py`). Importing its class takes two seconds."""
+    return hasattr(tensor, "full_tensor")
+
+
 def average_gradients(parameters: Iterable[nn.Parameter], num_rows: int) -> None:
-    """Replace the gradients by those of the mean over the rows of all learners, of which `num_rows` are here."""
+    """Replace the gradients by those of the mean over the rows of all learners, of which `num_rows` are here.
+
+    Where parameters are divided among learners (`sharding.py`), the loss has had its weight already (`loss_share`) and
+    their gradients are means; the others are averaged evenly here."""
     if num_learners() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
+    whole = [g for g in gradients if not is_divided(g)]
+    if len(whole) < len(gradients):
+        gradients, num_rows = whole, 1
+    if not gradients:
+        return
     flat = torch.cat([g.flatten() for g in gradients] + [gradients[0].new_ones(1)]) * num_rows
     dist.all_reduce(flat)
     flat /= flat[-1].clone()
@@ -156,6 +169,7 @@ __all__ = [
     "any_learner",
     "average_gradients",
     "gather",
+    "is_divided",
     "join_learners",
     "join_metrics",
     "learner",
