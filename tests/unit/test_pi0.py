@@ -421,6 +421,25 @@ def test_ratio_is_one_at_the_first_epoch(low_precision):
         assert (ratios() - 1).abs().max() > 1e-3
 
 
+@BOTH
+def test_float32_norms_beside_bfloat16_matrices(config):
+    """As openpi keeps them. Actions, velocities and pooled features are float32 all the same."""
+    policy = make(config)
+    inputs, x_t, time = policy.preprocess(observation()), torch.randn(3, 5, 7), torch.tensor([0.9, 0.5, 0.1])
+    with torch.no_grad():
+        expected = policy.velocity(policy.encode(inputs), x_t, time)
+        for part in (policy.vision.layers, policy.projector, policy.language_model, policy.expert):
+            for name, module in part.named_modules():
+                if isinstance(module, torch.nn.Linear | torch.nn.Embedding) and "norm" not in name:
+                    module.to(torch.bfloat16)
+        prefix = policy.encode(inputs)
+        out = policy.velocity(prefix, x_t, time)
+    assert {out.velocity.dtype, out.hidden.dtype, prefix.pooled.dtype, prefix.tokens.dtype} == {torch.float32}
+    assert prefix.layers[1].values.dtype == torch.bfloat16
+    difference = (out.velocity - expected.velocity).abs().max() / expected.velocity.std()
+    assert 0 < difference < 0.05, difference
+
+
 def test_velocity_has_no_branch_on_data():
     policy = make(PI05)
     prefix = policy.encode(policy.preprocess(observation())).detach()
