@@ -136,7 +136,7 @@ class SftOptions:
 def sft_command(argv: list[str]) -> int:
     """Fit a policy to demonstrations."""
     o = _parse_with_recipe(SftOptions, argv, "sft")
-    check_recipe(o.recipe)
+    check_recipe(o.recipe, stored_policy=o.policy_dir is not None)
     inputs = {"dataset": o.dataset, "policy": o.policy_dir}
     run_dir = open_run_folder(o.run_dir, o.recipe, resume=o.resume, kind="sft", inputs=inputs)
     result = fine_tune(o.recipe, o.dataset, run_dir, resume=o.resume, initial=o.policy_dir)
@@ -162,7 +162,7 @@ class TrainOptions:
 def train_command(argv: list[str]) -> int:
     """Improve a policy by reinforcement learning; with several learners through Ray, or started by `torchrun`."""
     o = _parse_with_recipe(TrainOptions, argv, "train")
-    check_recipe(o.recipe)
+    check_recipe(o.recipe, stored_policy=o.policy_dir is not None)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if max(size, o.learners.num) > 1 and isinstance(o.recipe.train, OffPolicyConfig):
         raise UsageError("train: several learners are for on-policy recipes; start this one with one learner")

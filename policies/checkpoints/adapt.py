@@ -70,8 +70,8 @@ def check_fits(policy: nn.Module, spec: EnvSpec, where: str) -> None:
         )
     if problems:
         raise PolicyCheckpointError(
-            f"{where} was not made for {spec.name}: {'; '.join(problems)}. To fine-tune it there, load "
-            "it without spec and call vla_rl.policies.checkpoints.adapt.adapt(policy, spec)"
+            f"{where} was not made for {spec.name}: {'; '.join(problems)}. Fine-tune it there first: vla-rl sft RECIPE "
+            f"--policy {where}"
         )
 
 

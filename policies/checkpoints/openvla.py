@@ -29,6 +29,7 @@ from vla_rl.policies.checkpoints.openvla_tensors import (
     ADAPTER,
     TOWERS,
     OpenVLASource,
+    base_name,
     film_state,
     public_tensors,
     read_source,
@@ -134,13 +135,32 @@ def read_openvla(
     return policy.eval()
 
 
+def describe_openvla(folder: Path) -> dict[str, str]:
+    """What `folder` holds, for people; no tensor of the networks is read."""
+    lines = {"family": "OpenVLA, or OpenVLA-OFT with token heads: no file says which (decoding)"}
+    heads = sorted(file.name for file in folder.glob("*--*_checkpoint.pt"))
+    if heads:
+        lines = {"family": "OpenVLA-OFT", "beside the shards": ", ".join(heads)}
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if not any(folder.glob("model.safetensors*")):
+        lines["adapter of"] = f"{base_name(folder)}; its folder is needed (base)"
+    if config.get("decoding"):
+        lines["decoding"] = f"{config['decoding']}, chunks of {config.get('num_action_chunks', 1)}"
+    file = folder / _STATISTICS
+    found = read_json(file) if file.is_file() else config.get("norm_stats") or {}
+    lines["statistics of"] = ", ".join(found) or "none"
+    dims = sorted({len(entry.get("action", {}).get("q01", ())) for entry in found.values()})
+    return lines | {"action dimensions": ", ".join(map(str, dims))}
+
+
 def write_openvla(
     policy: OpenVLAFamily, folder: Path, *, unnorm_key: str = "vla_rl", step: int = 0, max_shard_bytes: int = 5 * 2**30
 ) -> None:
     """Write `policy` as `read_openvla` and the public code read it.
 
-    Not in this layout, and lost: the deviation of OpenVLAOFT, the temperature, the crop and the gripper's convention
-    (options of a reader). Towers with FiLM are written without an adapter, which the public code expects in them.
+    Not in this layout, and lost: the deviation of OpenVLAOFT and the temperature; the crop, the filter of the resizing
+    and the gripper's convention are options of a reader. Towers with FiLM are written without an adapter, which the
+    public code expects in them.
     Raises PolicyCheckpointError for the tokenizer of bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -247,7 +267,7 @@ def _llama(source: OpenVLASource, text: Mapping[str, Any]) -> DecoderConfig:
 def _inputs(
     config: Mapping[str, Any], tokenizer: Any, openvla: OpenVLAOptions, *, regression: bool
 ) -> PrismaticInputsConfig:
-    paddings: dict[str, Padding] = {"resize-naive": "stretch", "letterbox": "center"}
+    paddings: dict[str, Padding] = {"resize-naive": "stretch_lanczos", "letterbox": "center"}
     strategy = config.get("image_resize_strategy", "resize-naive")
     if strategy not in paddings:
         raise ValueError(f"image_resize_strategy {strategy!r} is not supported, known are {sorted(paddings)}")
@@ -354,8 +374,8 @@ def _normalizer(entry: Mapping[str, Any], name: str, bounds: str, dim: int) -> N
     mask = stats.get("mask") or [True] * len(low)
     if not len(low) == len(high) == len(mask) == dim:
         raise PolicyCheckpointError(
-            f"the statistics of {name} have {len(low)} dimensions, the environment {dim}: another robot; load the "
-            "policy without the environment and use vla_rl.policies.checkpoints.adapt.adapt"
+            f"the statistics of {name} have {len(low)} dimensions, the environment {dim}: another robot; "
+            "fine-tune it there first: vla-rl sft RECIPE --policy FOLDER"
         )
     try:
         normalizer = Normalizer.bounds(low, high, eps=_EPS, min_range=0.0, kind=bounds)
@@ -392,7 +412,7 @@ def _public_config(policy: OpenVLAFamily, statistics: Mapping[str, Any]) -> dict
         "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],
         "timm_override_act_layers": [None, None],
         "image_sizes": [size, size],
-        "image_resize_strategy": {"stretch": "resize-naive", "center": "letterbox"}[policy.inputs.padding],
+        "image_resize_strategy": "letterbox" if policy.inputs.padding == "center" else "resize-naive",
         "n_action_bins": NUM_BINS,
         "pad_to_multiple_of": vlm.num_padding_ids,
         "norm_stats": dict(statistics),
@@ -457,4 +477,4 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-__all__ = ["OpenVLAFamily", "OpenVLAOptions", "is_openvla", "read_openvla", "write_openvla"]
+__all__ = ["OpenVLAFamily", "OpenVLAOptions", "describe_openvla", "is_openvla", "read_openvla", "write_openvla"]

@@ -87,8 +87,8 @@ def _cut(vector: Tensor, dim: int, stats: Mapping[str, Any], where: str) -> Tens
     rest: list[Sequence[float]] = [values[dim:] for values in stats.values() if values is not None]
     if len(vector) < dim or any(any(values) for values in rest):
         raise PolicyCheckpointError(
-            f"{where}: statistics of {len(vector)} dimensions, the environment has {dim}: another robot; load the "
-            "policy without the environment and use vla_rl.policies.checkpoints.adapt.adapt"
+            f"{where}: statistics of {len(vector)} dimensions, the environment has {dim}: another robot; "
+            "fine-tune it there first: vla-rl sft RECIPE --policy FOLDER"
         )
     return vector[:dim]
 

@@ -1,0 +1,99 @@
+"""sft, train and eval on a public checkpoint's folder, in each layout, to the end; and back into the layout."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit import openvla_public, tiny_checkpoints
+from vla_rl.cli import main
+from vla_rl.policies.checkpoints.load_any import layout_of, load_any
+
+ENV = ["--env.image-size", "32", "--env.num-threads", "1"]
+SFT = ["--sft.num-updates", "2", "--sft.batch-size", "4", "--sft.warmup-updates", "1"]
+RL = [
+    *("--train.num-iterations", "2", "--train.num-envs", "2", "--train.algorithm.num-decisions", "3"),
+    *("--train.algorithm.critic-warmup-iterations", "0", "--train.eval-interval", "0"),
+]
+EVAL = ["--evaluation.num-episodes", "2", "--evaluation.num-envs", "2", "--evaluation.policy-batch-size", "2"]
+STATE_DIM, ACTION_DIM = 30, 4  # of the tabletop with the goal in its state
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demos") / "demos"
+    assert main(["demos", "pi0", "--out", str(folder), *ENV, "--demos.num-episodes", "2", "--demos.num-envs", "2"]) == 0
+    return folder
+
+
+def write_oft(folder: Path) -> None:
+    torch.manual_seed(0)
+    statistics = copy.deepcopy(openvla_public.STATISTICS)
+    proprio = {"q01": [-1.0] * STATE_DIM, "q99": [1.0] * STATE_DIM}
+    statistics["toy"]["proprio"] = proprio | {"min": [-2.0] * STATE_DIM, "max": [2.0] * STATE_DIM}
+    openvla_public.write_folder(folder, openvla_public.model_tensors(), norm_stats=statistics)
+    openvla_public.write_heads(folder, openvla_public.head_tensors(), openvla_public.proprio_tensors(STATE_DIM))
+    (folder / "dataset_statistics.json").write_text(json.dumps(statistics))
+
+
+def write_openvla(folder: Path) -> None:
+    torch.manual_seed(0)
+    openvla_public.write_folder(folder, openvla_public.model_tensors())
+
+
+# LeRobot keeps the number of denoising steps in its config (4 here), openpi does not (10)
+OPENPI = ["--train.sampler.num-steps", "10"]
+ONE_STEP = ["--train.execution-horizon", "1"]
+LAYOUTS = {
+    "openpi-pi0": ("pi0", "openpi", lambda f: tiny_checkpoints.write_openpi(f, adaptive=False), OPENPI),
+    "openpi-pi05": ("pi05", "openpi", lambda f: tiny_checkpoints.write_openpi(f, adaptive=True), OPENPI),
+    "openpi_jax-pi0": (
+        "pi0",
+        "openpi_jax",
+        lambda f: tiny_checkpoints.write_openpi_jax(f, adaptive=False, value=True),
+        OPENPI,
+    ),
+    "lerobot-pi0": ("pi0", "lerobot", lambda f: tiny_checkpoints.write_lerobot(f, "pi0"), []),
+    "lerobot-smolvla": ("smolvla", "lerobot", lambda f: tiny_checkpoints.write_lerobot(f, "smolvla"), []),
+    "openvla": ("openvla", "openvla", write_openvla, ONE_STEP),
+    "openvla-oft": ("openvla_oft", "openvla", write_oft, []),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_public_checkpoint_goes_through_all_commands(name, demos, tmp_path, capsys):
+    recipe, layout, write, options = LAYOUTS[name]
+    folder = tmp_path / "public"
+    write(folder)
+    assert layout_of(folder) == layout
+    sft, rl, back = (str(tmp_path / x) for x in ("sft", "rl", "back"))
+    command = ["sft", recipe, "--policy", str(folder), "--dataset", str(demos), "--run-dir", sft]
+    assert main([*command, *ENV, *SFT, *options]) == 0, capsys.readouterr().err
+    command = ["train", recipe, "--policy", f"{sft}/policy", "--run-dir", rl]
+    assert main([*command, *ENV, *RL, *options]) == 0, capsys.readouterr().err
+    records = [json.loads(line) for line in (tmp_path / "rl" / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["update/ratio_error_first"] < 1e-3
+
+    assert main(["checkpoint", "convert", f"{rl}/policy", back, "--layout", layout]) == 0, capsys.readouterr().err
+    command = ["eval", "--policy", back, "--recipe", recipe, "--out", str(tmp_path / "eval")]
+    assert main([*command, *ENV, *EVAL]) == 0, capsys.readouterr().err
+    assert len((tmp_path / "eval" / "episodes.jsonl").read_text().splitlines()) == 2
+    ours, theirs = load_any(tmp_path / "rl" / "policy"), load_any(back)
+    assert ours.config.action_dim == theirs.config.action_dim == ACTION_DIM
+    assert ours.config.state_dim == STATE_DIM
+
+
+def test_a_checkpoint_of_another_robot_says_what_to_do(tmp_path, capsys):
+    tiny_checkpoints.write_openpi(tmp_path / "public", adaptive=False)
+    command = ["eval", "--policy", str(tmp_path / "public"), "--recipe", "pi0", "--out", str(tmp_path / "eval")]
+    assert main([*command, *ENV]) == 1
+    error = capsys.readouterr().err
+    assert "statistics of 8 dimensions, the environment has 30" in error
+    assert "vla-rl sft" in error
