@@ -48,8 +48,8 @@ class Tokenizer(nn.Module):
         if name is None:
             raise FileNotFoundError(
                 f"{folder} holds no tokenizer; copy {' or '.join(FILES)} of the model into it: for pi0 and pi0.5 "
-                "PaliGemma's paligemma_tokenizer.model, named tokenizer.model; for OpenVLA that of Llama 2; for SmolVLA "
-                "that of SmolVLM2"
+                "PaliGemma's paligemma_tokenizer.model, named tokenizer.model; for OpenVLA that of Llama 2; "
+                "for SmolVLA that of SmolVLM2"
             )
         content = (folder / name).read_bytes()
         tokenizer = Tokenizer(TokenizerConfig(FILES[name], len(content), bos, max_tokens))
