@@ -24,6 +24,7 @@ RECIPES = {
     "maniskill_push_cube": "vla_rl.configs.simulators:maniskill_push_cube",
     "maniskill_pick_cube": "vla_rl.configs.simulators:maniskill_pick_cube",
     "gym_mountain_car": "vla_rl.configs.simulators:gym_mountain_car",
+    "ogbench_cube": "vla_rl.configs.simulators:ogbench_cube",
     "robosuite_lift": "vla_rl.configs.simulators:robosuite_lift",
     "libero_object": "vla_rl.configs.simulators:libero_object",
     "metaworld_reach": "vla_rl.configs.simulators:metaworld_reach",

@@ -17,16 +17,20 @@ from vla_rl.envs.gym import FunctionExpertConfig, GymConfig
 from vla_rl.envs.libero import LiberoConfig
 from vla_rl.envs.maniskill import ManiSkillConfig
 from vla_rl.envs.metaworld import MetaworldConfig
+from vla_rl.envs.ogbench import OGBenchConfig
+from vla_rl.envs.ogbench_expert import CubeOracleConfig
 from vla_rl.envs.remote_expert import RemoteExpertConfig
 from vla_rl.envs.robosuite import RobosuiteConfig
+from vla_rl.offpolicy.bc_flow import FlowNetConfig
 from vla_rl.offpolicy.critics import MLPCriticConfig
 from vla_rl.offpolicy.edits import EditConfig
 from vla_rl.offpolicy.expo import ExpoConfig
 from vla_rl.offpolicy.networks import ActorNetConfig
+from vla_rl.offpolicy.qc import QCConfig
 from vla_rl.onpolicy import PPOConfig
 from vla_rl.policies.flow_mlp import FlowMLPConfig
 from vla_rl.train.loop import TrainConfig
-from vla_rl.train.offpolicy import OffPolicyConfig, OnlineConfig
+from vla_rl.train.offpolicy import OfflineConfig, OffPolicyConfig, OnlineConfig
 from vla_rl.train.recipe import DemosConfig, EvalConfig, Recipe
 from vla_rl.train.sft import SFTConfig
 
@@ -78,6 +82,42 @@ def maniskill_pick_cube() -> Recipe:
 
     With twice the noise the expert succeeds in 1 of 15: success requires the robot to stand still."""
     return _maniskill("PickCube-v1", 0.2)
+
+
+def ogbench_cube() -> Recipe:
+    """OGBench's single cube, task 1, from play data made here: QC-FQL, offline and then online.
+
+    The sizes are those of `tests/experiments/chunking.py`; half as much data."""
+    chunk, hidden = 5, (256, 256, 256)
+    agent = QCConfig(
+        policy="distilled",
+        alpha=100.0,
+        flow=FlowNetConfig(hidden_sizes=hidden),
+        critic=MLPCriticConfig(2, hidden, layer_norm=True, activation="gelu"),
+    )
+    online = OnlineConfig(
+        num_env_steps=10_000,
+        execution_horizon=chunk,
+        warmup_env_steps=1_000,
+        utd_ratio=1.0,
+        updates_per_call=1,
+        batch_size=128,
+        offline_ratio=0.5,
+        env_steps_per_iteration=1_000,
+        eval_interval=5,
+    )
+    return Recipe(
+        env=OGBenchConfig(),
+        demos=DemosConfig(num_episodes=100, num_envs=4, keep="all", expert=CubeOracleConfig(play=True, noise=0.1)),
+        train=OffPolicyConfig(
+            agent=agent,
+            horizon=chunk,
+            replay=ReplayConfig(capacity=12_000, gamma=0.99),
+            offline=OfflineConfig(num_updates=25_000, batch_size=128, updates_per_iteration=1_000, eval_interval=10),
+            online=online,
+        ),
+        evaluation=EvalConfig(num_episodes=50, num_envs=10, policy_batch_size=10, num_videos=2),
+    )
 
 
 def _flow_sde(env: AnyEnvConfig, num_demos: int) -> Recipe:
@@ -139,5 +179,5 @@ def gym_mountain_car() -> Recipe:
 
 __all__ = [
     "gym_mountain_car", "libero_object", "maniskill_pick_cube", "maniskill_push_cube", "metaworld_reach",
-    "robosuite_lift",
+    "ogbench_cube", "robosuite_lift",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from vla_rl.envs.gym import GymConfig
 from vla_rl.envs.libero import LiberoConfig
 from vla_rl.envs.maniskill import ManiSkillConfig
 from vla_rl.envs.metaworld import MetaworldConfig
+from vla_rl.envs.ogbench import OGBenchConfig
 from vla_rl.envs.point_maze import make_point_maze
 from vla_rl.envs.robosuite import RobosuiteConfig
 from vla_rl.envs.tabletop import make_tabletop
@@ -125,13 +126,20 @@ class PointMazeConfig:
 
 
 AnyEnvConfig = (
-    EnvConfig | PointMazeConfig | ManiSkillConfig | RobosuiteConfig | LiberoConfig | MetaworldConfig | GymConfig
+    EnvConfig
+    | PointMazeConfig
+    | ManiSkillConfig
+    | RobosuiteConfig
+    | LiberoConfig
+    | MetaworldConfig
+    | GymConfig
+    | OGBenchConfig
 )
 
 
 def demo_env(env: AnyEnvConfig) -> AnyEnvConfig:
     """Where demonstrations for `env` are recorded: there, where it does not say otherwise."""
-    return env.for_demos if isinstance(env, PointMazeConfig | ManiSkillConfig) else env
+    return env.for_demos if isinstance(env, PointMazeConfig | ManiSkillConfig | OGBenchConfig) else env
 
 
 def without_cameras(env: AnyEnvConfig) -> AnyEnvConfig:

@@ -101,6 +101,11 @@ class GymStepEnv:
         self._history: list[list[np.ndarray]] = [[] for _ in range(self.num_envs)]
         self._started = False
 
+    @property
+    def vector_env(self) -> VectorEnv:
+        """Gymnasium's own."""
+        return self._env
+
     def reset(self, env_ids: Tensor, seeds: Tensor) -> None:
         mask = np.zeros(self.num_envs, dtype=bool)
         for i, seed in zip(env_ids.tolist(), seeds.tolist(), strict=True):

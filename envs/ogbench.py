@@ -12,6 +12,8 @@ from __future__ import annotations
 import copy
 import importlib
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gymnasium as gym
@@ -21,7 +23,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from vla_rl.data.ogbench_play import require_ogbench
 from vla_rl.envs.gym import GymStepEnv
-from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.envs.vector import ChunkedEnv, split_stream
 
 _FAMILIES = ("cube", "scene", "puzzle")
 
@@ -65,13 +67,19 @@ def _choose_opengl() -> None:
 
 
 def make_ogbench(
-    name: str, num_envs: int = 1, *, max_episode_steps: int | None = None, auto_reset: bool = True
+    name: str,
+    num_envs: int = 1,
+    *,
+    max_episode_steps: int | None = None,
+    auto_reset: bool = True,
+    stream: Sequence[int] = (),
 ) -> ChunkedEnv:
     """Chunked environments of OGBench's id `name`, one after another in this process; actions [-1, 1]^5 (gripper's
     motion x, y, z, yaw, opening) at 20 Hz.
 
-    `max_episode_steps`: None takes OGBench's (cube: 200, 500 and 1000 steps for one, two and three cubes). Raises
-    RuntimeError where OGBench is missing, ValueError for a name that is not a manipulation task with its own reward.
+    `max_episode_steps`: None takes OGBench's (cube: 200, 500 and 1000 steps for one, two and three cubes). `stream`:
+    numbers that are mixed into every seed, so that splits do not share an episode. Raises RuntimeError where OGBench is
+    missing, ValueError for a name that is not a manipulation task with its own reward.
     """
     require_ogbench()
     import ogbench  # pyright: ignore[reportMissingImports]  # noqa: F401 (registers the environments)
@@ -89,5 +97,44 @@ def make_ogbench(
     vector = SyncVectorEnv([lambda: gym.make(spec)] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
     vector.spec = spec
     instruction = f"solve {name.removesuffix('-v0')}"
-    step_env = GymStepEnv(vector, instruction=instruction, success_key="success", control_hz=20.0)
+    step_env = GymStepEnv(vector, instruction=instruction, success_key="success", control_hz=20.0, stream=stream)
     return ChunkedEnv(step_env, auto_reset=auto_reset)
+
+
+@dataclass(frozen=True)
+class OGBenchConfig:
+    """One of OGBench's single tasks by its id, see `make_ogbench`. `max_episode_steps`: None takes OGBench's;
+    `demo_episode_steps`: of the episodes that are recorded, which a player goes on with where no task is solved."""
+
+    task: str = "cube-single-singletask-task1-v0"
+    max_episode_steps: int | None = None
+    demo_episode_steps: int | None = 1000
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """States alone."""
+        return ()
+
+    @property
+    def control_hz(self) -> float:
+        """Control steps a second of simulated time."""
+        return 20.0
+
+    @property
+    def for_demos(self) -> OGBenchConfig:
+        """Where demonstrations are recorded: in longer episodes."""
+        return replace(self, max_episode_steps=self.demo_episode_steps or self.max_episode_steps)
+
+    def make(
+        self,
+        num_envs: int,
+        *,
+        split: str,
+        auto_reset: bool = False,
+        final_images: bool = False,
+        task: str | None = None,
+    ) -> ChunkedEnv:
+        """`num_envs` environments of `split` ("train" or "test": no seed gives the same episode in both)."""
+        del final_images
+        steps, stream = self.max_episode_steps, split_stream(split, "OGBench")
+        return make_ogbench(task or self.task, num_envs, max_episode_steps=steps, auto_reset=auto_reset, stream=stream)

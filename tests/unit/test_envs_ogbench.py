@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from vla_rl.envs.ogbench import make_ogbench
+from vla_rl.envs.config import demo_env
+from vla_rl.envs.ogbench import OGBenchConfig, make_ogbench
+from vla_rl.envs.ogbench_expert import CubeOracle, CubeOracleConfig
+from vla_rl.envs.remote_expert import RemoteExpertConfig
+from vla_rl.train.stages import make_expert
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +73,40 @@ def test_picture(single):
 def test_other_names_are_refused(name):
     with pytest.raises(ValueError, match="is not one of OGBench's single tasks"):
         make_ogbench(name)
+
+
+def test_the_oracle_solves_the_task_and_play_follows_from_the_episodes_seed():
+    env = OGBenchConfig().make(2, split="train")
+    env.reset([7, 8])
+    oracle, success = CubeOracle(env, CubeOracleConfig()), torch.zeros(2, dtype=torch.bool)
+    while not env.ended.all():
+        success |= env.step(oracle()).success
+    assert success.all()
+    assert 40 < env.episode_steps.max() < 100
+    played = []
+    for seeds in ([8, 7], [7, 9]):
+        env.reset(seeds)
+        player = CubeOracle(env, CubeOracleConfig(play=True, noise=0.1))
+        moves = []
+        for _ in range(4):
+            moves.append(player())
+            env.step(moves[-1])
+        played.append(torch.cat(moves, dim=1)[seeds.index(7)])
+    assert torch.equal(*played)
+    env.close()
+
+
+def test_a_recipe_has_splits_and_longer_episodes_for_play():
+    config = OGBenchConfig(max_episode_steps=30, demo_episode_steps=90)
+    starts = []
+    for split in ("train", "test"):
+        env = demo_env(config).make(1, split=split)
+        assert env.spec.max_episode_steps == 90
+        starts.append(env.reset([0]).state)
+        with pytest.raises(TypeError, match="no host process"):
+            make_expert(env, RemoteExpertConfig())
+        assert isinstance(make_expert(env, CubeOracleConfig()), CubeOracle)
+        env.close()
+    assert not torch.equal(*starts)
+    with pytest.raises(ValueError, match="OGBench: split 'exam' is unknown"):
+        config.make(1, split="exam")

@@ -11,6 +11,7 @@ from typing import Literal
 from vla_rl.data.demos import Keep
 from vla_rl.envs.config import AnyEnvConfig, EnvConfig
 from vla_rl.envs.gym import FunctionExpertConfig
+from vla_rl.envs.ogbench_expert import CubeOracleConfig
 from vla_rl.envs.point_maze import WaypointConfig
 from vla_rl.envs.remote_expert import RemoteExpertConfig
 from vla_rl.policies.adaptation import AdaptationConfig
@@ -23,7 +24,7 @@ from vla_rl.train.loop import TrainConfig
 from vla_rl.train.offpolicy import OffPolicyConfig
 from vla_rl.train.sft import SFTConfig
 
-AnyExpertConfig = ExpertConfig | WaypointConfig | FunctionExpertConfig | RemoteExpertConfig
+AnyExpertConfig = ExpertConfig | WaypointConfig | FunctionExpertConfig | RemoteExpertConfig | CubeOracleConfig
 Normalization = Literal["mean_std", "quantiles", "min_max", "identity"]
 
 
@@ -31,14 +32,13 @@ Normalization = Literal["mean_std", "quantiles", "min_max", "identity"]
 class DemosConfig:
     """`num_episodes` of the scripted expert in the split "train", `num_envs` at a time. `keep`: "all" or "success".
     `expert`: an `ExpertConfig` on a table, a `WaypointConfig` in a maze, a `FunctionExpertConfig` in a Gymnasium
-    environment, a `RemoteExpertConfig` in a simulator of its own process. `seed`: chooses the episodes."""
+    environment, a `RemoteExpertConfig` in a simulator of its own process, a `CubeOracleConfig` in OGBench. `seed`:
+    chooses the episodes."""
 
     num_episodes: int = 300
     num_envs: int = 32
     keep: Keep = "success"
-    expert: ExpertConfig | WaypointConfig | FunctionExpertConfig | RemoteExpertConfig = field(
-        default_factory=ExpertConfig
-    )
+    expert: AnyExpertConfig = field(default_factory=ExpertConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -16,6 +16,8 @@ from vla_rl.data.lerobot_reader import LeRobotDataset
 from vla_rl.data.normalization import Normalizer
 from vla_rl.envs.config import EnvConfig, PointMazeConfig, demo_env, without_cameras
 from vla_rl.envs.gym import FunctionExpert, FunctionExpertConfig, GymConfig
+from vla_rl.envs.ogbench import OGBenchConfig
+from vla_rl.envs.ogbench_expert import CubeOracle, CubeOracleConfig
 from vla_rl.envs.point_maze import WaypointConfig, WaypointExpert
 from vla_rl.envs.remote_expert import RemoteExpert, RemoteExpertConfig
 from vla_rl.envs.task_mix import make_task_mix
@@ -59,12 +61,17 @@ def device_of(recipe: Recipe) -> torch.device:
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise ValueError or TypeError where the parts of a recipe do not fit: at once, not after an hour's training."""
-    experts = {EnvConfig: ExpertConfig, PointMazeConfig: WaypointConfig, GymConfig: FunctionExpertConfig}
+    experts = {
+        EnvConfig: ExpertConfig,
+        PointMazeConfig: WaypointConfig,
+        GymConfig: FunctionExpertConfig,
+        OGBenchConfig: CubeOracleConfig,
+    }
     if type(recipe.demos.expert) is not experts.get(type(recipe.env), RemoteExpertConfig):
         raise TypeError(
             f"demos.expert is a {type(recipe.demos.expert).__name__} and env a {type(recipe.env).__name__}: "
-            "a maze has a WaypointConfig, a table an ExpertConfig, a Gymnasium environment a FunctionExpertConfig, any "
-            "other simulator a RemoteExpertConfig"
+            "a maze has a WaypointConfig, a table an ExpertConfig, a Gymnasium environment a FunctionExpertConfig, "
+            "OGBench a CubeOracleConfig, any other simulator a RemoteExpertConfig"
         )
     if isinstance(recipe.env, EnvConfig):
         for task in recipe.evaluation.tasks:
@@ -107,12 +114,14 @@ def check_recipe(recipe: Recipe) -> None:
 
 def make_expert(
     env: ChunkedEnv, config: AnyExpertConfig
-) -> ScriptedExpert | WaypointExpert | FunctionExpert | RemoteExpert:
+) -> ScriptedExpert | WaypointExpert | FunctionExpert | RemoteExpert | CubeOracle:
     """Who demonstrates in `env`. Raises TypeError where it is an expert of other environments."""
     if isinstance(config, FunctionExpertConfig):
         return FunctionExpert(env, config)
     if isinstance(config, RemoteExpertConfig):
         return RemoteExpert(env, config)
+    if isinstance(config, CubeOracleConfig):
+        return CubeOracle(env, config)
     return WaypointExpert(env, config) if isinstance(config, WaypointConfig) else ScriptedExpert(env, config)
 
 
