@@ -143,7 +143,7 @@ class RegressionHead(nn.Module):
         self.fc2 = nn.Linear(width, action_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = functional.relu(self.fc1(self.layer_norm1(x)))
+        x = functional.relu(self.fc1(self.layer_norm1(x.to(self.fc1.weight.dtype))))
         for block in self.mlp_resnet_blocks:
             x = block(x)
         return self.fc2(self.layer_norm2(x))

@@ -8,19 +8,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Padding = Literal["center", "top_left", "stretch"]
+Padding = Literal["center", "top_left", "stretch", "stretch_lanczos"]
 
 
 def resize_with_padding(images: Tensor, size: int, padding: Padding) -> Tensor:
     """uint8 [N, h, w, 3] -> uint8 [N, 3, size, size], bilinear, the rest black.
 
     `padding`: where the black goes. "center": on both sides (openpi); "top_left": above and to the left (SmolVLA);
-    "stretch": nowhere, the aspect changes.
+    "stretch": nowhere, the aspect changes; "stretch_lanczos": so too, by `resize_lanczos` (OpenVLA).
     """
     x = images.permute(0, 3, 1, 2).contiguous()
     height, width = x.shape[2:]
     if (height, width) == (size, size):
         return x
+    if padding == "stretch_lanczos":
+        return resize_lanczos(x, size)
     if padding == "stretch":
         new_height = new_width = size
     else:
@@ -31,6 +33,23 @@ def resize_with_padding(images: Tensor, size: int, padding: Padding) -> Tensor:
     rows, columns = size - new_height, size - new_width
     top, left = (rows, columns) if padding == "top_left" else (rows // 2, columns // 2)
     return functional.pad(resized, (left, columns - left, top, rows - top))
+
+
+def resize_lanczos(images: Tensor, size: int) -> Tensor:
+    """uint8 [N, 3, h, w] -> uint8 [N, 3, size, size] by a Lanczos filter of 3 lobes, widened where it shrinks: what
+    TensorFlow's and Pillow's "lanczos" do (Pillow in integers, and so up to 1 off)."""
+    rows, columns = (lanczos_weights(length, size).to(images.device) for length in images.shape[2:])
+    resized = rows @ images.float() @ columns.mT
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def lanczos_weights(length: int, size: int) -> Tensor:
+    """float32 [size, length]: the share of each pixel in each new one; rows sum to 1."""
+    scale = length / size
+    center = (torch.arange(size, dtype=torch.float64) + 0.5) * scale
+    x = (torch.arange(length, dtype=torch.float64) + 0.5 - center[:, None]) / max(scale, 1.0)
+    weight = torch.where(x.abs() < 3.0, torch.sinc(x) * torch.sinc(x / 3.0), 0.0)
+    return (weight / weight.sum(dim=1, keepdim=True)).float()
 
 
 def to_unit_range(images: Tensor) -> Tensor:

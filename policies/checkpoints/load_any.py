@@ -30,7 +30,13 @@ from vla_rl.policies.checkpoints.native import (
 )
 from vla_rl.policies.checkpoints.openpi import plan_openpi, save_openpi
 from vla_rl.policies.checkpoints.openpi_jax import plan_openpi_jax, save_openpi_jax
-from vla_rl.policies.checkpoints.openvla import OpenVLAOptions, is_openvla, read_openvla, write_openvla
+from vla_rl.policies.checkpoints.openvla import (
+    OpenVLAOptions,
+    describe_openvla,
+    is_openvla,
+    read_openvla,
+    write_openvla,
+)
 from vla_rl.policies.checkpoints.options import ReadOptions
 from vla_rl.policies.checkpoints.orbax import OrbaxSource, params_folder
 from vla_rl.policies.checkpoints.tensors import TensorSource, float32_keys, names_in, on_meta, read_json
@@ -183,8 +189,7 @@ def describe(folder: Path, options: ReadOptions | None = None) -> dict[str, str]
     if layout == "native":
         return lines | _describe_native(folder)
     if layout == "openvla":
-        config = read_json(folder / "config.json")
-        return lines | {"family": "openvla", "statistics of": ", ".join(config.get("norm_stats", {})) or "none"}
+        return lines | describe_openvla(folder)
     plan = _plan(folder, layout, told)
     lines |= {"family": family(plan)} | _describe_config(plan.config) | _describe_tensors(plan.source)
     for name, normalizer in zip(("state", "action"), plan.normalizers, strict=True):

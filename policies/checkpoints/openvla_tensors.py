@@ -133,7 +133,7 @@ class LowRank:
 
 class OpenVLASource:
     """All tensors of a checkpoint, wherever they lie, under the names of the shards, `.pt` heads after their component.
-    Updates are added in float32 when a matrix is read."""
+    Updates are added in float32 when a matrix is read; the sum has the precision of the matrix, as if merged."""
 
     def __init__(
         self, path: Path, shards: ReadsTensors, own: Mapping[str, Tensor], updates: Mapping[str, LowRank]
@@ -153,7 +153,9 @@ class OpenVLASource:
     def view(self, key: str) -> Tensor:
         value = self._own[key] if key in self._own else self._shards.view(key)
         update = self._updates.get(key)
-        return value if update is None else value.float() + update.scale * (update.up.float() @ update.down.float())
+        if update is None:
+            return value
+        return (value.float() + update.scale * (update.up.float() @ update.down.float())).to(value.dtype)
 
     def _check_updates(self) -> None:
         present = set(self._keys)
@@ -278,6 +280,7 @@ __all__ = [
     "TOWERS",
     "LowRank",
     "OpenVLASource",
+    "base_name",
     "film_state",
     "public_tensors",
     "read_source",

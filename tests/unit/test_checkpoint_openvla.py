@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.unit import openvla_public as public
 from vla_rl.core import Observation
+from vla_rl.policies.checkpoints.load_any import describe
 from vla_rl.policies.checkpoints.native import PolicyCheckpointError, load_policy, save_policy
 from vla_rl.policies.checkpoints.openvla import OpenVLAOptions, is_openvla, read_openvla, write_openvla
 from vla_rl.policies.checkpoints.options import ReadOptions
@@ -252,6 +253,25 @@ def test_several_steps_of_a_head_ask_for_a_choice(tmp_path):
     with pytest.raises(PolicyCheckpointError, match="choose one of their steps"):
         read_openvla(tmp_path)
     assert isinstance(read_openvla(tmp_path, openvla=OpenVLAOptions(step="150000")), OpenVLAOFT)
+
+
+def test_descriptions(base, tmp_path):
+    assert describe(base[0])["statistics of"] == "toy"
+    oft_folder(tmp_path / "oft")
+    lines = describe(tmp_path / "oft")
+    assert lines["family"] == "OpenVLA-OFT"
+    assert "action_head--150000_checkpoint.pt" in lines["beside the shards"]
+    write_adapter(tmp_path / "tuned", base[1])
+    assert "openvla/openvla-7b" in describe(tmp_path / "tuned")["adapter of"]
+
+
+def test_half_precision_shards_with_an_adapter_stay_in_half_precision(base, tmp_path):
+    folder, tensors = base
+    public.write_shards(folder, {key: value.bfloat16() for key, value in tensors.items()})
+    write_adapter(tmp_path / "tuned", tensors)
+    policy = read_openvla(tmp_path / "tuned", ReadOptions(dtype=None), OpenVLAOptions(base=folder))
+    assert {m.weight.dtype for m in policy.modules() if isinstance(m, torch.nn.Linear)} == {torch.bfloat16}
+    assert policy.act(observation(), torch.zeros(2, 1, 7)).actions.dtype == torch.float32
 
 
 def test_other_folders_are_not_openvla(tmp_path):

@@ -6,12 +6,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.unit import openvla_public as public
 from vla_rl.core import ActionSpec, CameraSpec, EnvSpec, Observation
 from vla_rl.data.normalization import Normalizer
 from vla_rl.policies.blocks.action_tokens import actions_of_bins, bins_of_actions, pick_bins
 from vla_rl.policies.blocks.gripper import GripperConfig
+from vla_rl.policies.blocks.images import resize_with_padding
 from vla_rl.policies.blocks.prismatic import (
     Prismatic,
     PrismaticConfig,
@@ -139,6 +141,19 @@ def test_center_crop_is_bilinear_from_corner_to_corner():
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 0.02
     assert torch.equal(center_crop(image, 1.0), image)
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 256), (480, 640), (40, 64)])
+def test_lanczos_resizing_is_that_of_pillow(height, width):
+    """In a picture without extremes: Pillow clips what overshoots after each of its two passes."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(70, 186, (1, height // 4, width // 4, 3), dtype=torch.uint8, generator=generator)
+    image = coarse.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    ours = resize_with_padding(image, 56, "stretch_lanczos")[0].permute(1, 2, 0).int()
+    pillow = Image.fromarray(image[0].numpy()).resize((56, 56), Image.Resampling.LANCZOS)
+    difference = (ours - torch.from_numpy(np.asarray(pillow).astype(np.int32))).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 0.3
 
 
 def test_configs_that_cannot_work_say_why():
