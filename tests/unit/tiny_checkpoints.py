@@ -341,7 +341,7 @@ def _lerobot_config(family: str, mapping: dict[str, str]) -> dict[str, object]:
         "max_state_dim": ACTIONS,
         "max_action_dim": ACTIONS,
         "empty_cameras": 1,
-        "tokenizer_max_length": 100 if family == "pi05" else 40,
+        "tokenizer_max_length": 190 if family == "pi05" else 40,
     }
     if family == "smolvla":
         return config | {
