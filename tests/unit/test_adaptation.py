@@ -23,6 +23,7 @@ from vla_rl.policies.adaptation import (
     AdaptationConfig,
     LoRAConfig,
     apply_adaptation,
+    layers_of,
     load_adapter,
     merge_lora,
     part_of,
@@ -248,7 +249,7 @@ def test_bfloat16_ratios_are_one_at_the_first_epoch(make):
         _, trace = sampler.sample(policy.encode(inputs), torch.Generator().manual_seed(0))
         rows = torch.tensor([2, 0])
         again = sampler.score(policy.encode(inputs.select(rows)), trace.select(rows))
-    assert float((again.joint - trace.log_prob[rows]).abs().max()) < 5e-3
+    assert float((again.joint - trace.log_prob[rows]).abs().max()) < 1e-4
 
 
 def test_small_steps_of_a_trained_weight_are_not_lost():
@@ -267,10 +268,12 @@ def gradients_and_kept_bytes(policy):
     kept = {}
 
     def pack(x):
-        if not isinstance(x, torch.nn.Parameter):
+        if isinstance(x, torch.Tensor) and not isinstance(x, torch.nn.Parameter):
             kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
+    for layer in layers_of(policy):  # what a recomputed layer begins with is kept outside of autograd's sight
+        layer.register_forward_pre_hook(lambda _, inputs: [pack(x) for x in inputs] and None)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         value = loss(policy)
     total = sum(kept.values())
@@ -304,6 +307,7 @@ def test_an_adapted_policy_is_copied_whole(make):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of the compiler's own modules
 def test_a_compiled_expert_gives_the_same_velocity():
     policy, plain = pi0(), pi0()
     apply_adaptation(policy, AdaptationConfig(compile=True))
