@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vla_rl.core import EnvSpec
 from vla_rl.data.chunks import ChunkDataset
 from vla_rl.data.demos import DemoSummary, collect_demos
 from vla_rl.data.lerobot_format import DatasetError, atomic_write_json, read_json
@@ -30,8 +31,10 @@ from vla_rl.onpolicy.grpo import GRPOConfig
 from vla_rl.onpolicy.ppo import PPOConfig
 from vla_rl.policies.adaptation import apply_adaptation
 from vla_rl.policies.build import build_policy
+from vla_rl.policies.checkpoints.adapt import adapt
 from vla_rl.policies.checkpoints.config_json import config_to_dict
-from vla_rl.policies.checkpoints.native import load_policy, save_policy
+from vla_rl.policies.checkpoints.load_any import layout_of, load_any
+from vla_rl.policies.checkpoints.native import read_description, save_policy
 from vla_rl.rollout.collector import check_policy_batch_size
 from vla_rl.rollout.ray_config import RolloutConfig
 from vla_rl.rollout.recorder import EpisodeRecorder, Recording
@@ -59,8 +62,11 @@ def device_of(recipe: Recipe) -> torch.device:
     return device
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Raise ValueError or TypeError where the parts of a recipe do not fit: at once, not after an hour's training."""
+def check_recipe(recipe: Recipe, *, stored_policy: bool = False) -> None:
+    """Raise ValueError or TypeError where the parts of a recipe do not fit: at once, not after an hour's training.
+
+    `stored_policy`: a policy is read instead of the recipe's being built; `check_policy` is for it, once it is there.
+    """
     experts = {
         EnvConfig: ExpertConfig,
         PointMazeConfig: WaypointConfig,
@@ -80,19 +86,17 @@ def check_recipe(recipe: Recipe) -> None:
     env.close()
     device_of(recipe)
     train = recipe.train
-    policy: Any = build_policy(recipe.policy, env.spec, seed=0) if recipe.fine_tunes else None
-    if policy is not None:
+    if recipe.fine_tunes and not stored_policy:
+        policy: Any = build_policy(recipe.policy, env.spec, seed=0)
         apply_adaptation(policy, recipe.adaptation)
-    elif not recipe.adaptation.is_off:
+        check_policy(recipe, policy, env.spec)
+    elif not recipe.fine_tunes and not recipe.adaptation.is_off:
         raise ValueError("adaptation is for a policy that is fine-tuned, this recipe trains an agent of its own")
-    if policy is not None and train.execution_horizon > policy.action_horizon:
-        raise ValueError(
-            f"train.execution_horizon is {train.execution_horizon}, the policy predicts {policy.action_horizon} steps"
-        )
     if isinstance(train, OffPolicyConfig):
         if recipe.rollout != RolloutConfig():
             raise ValueError("rollout.* is for on-policy learning, and this recipe learns from replay; leave it out")
-        check_stages(train, env.spec, policy)
+        if not recipe.fine_tunes:
+            check_stages(train, env.spec, None)
         return
     if train.curriculum is not None:
         make_task_mix(lambda task: recipe.env.make(1, split="train", task=task), train.curriculum).close()
@@ -101,7 +105,19 @@ def check_recipe(recipe: Recipe) -> None:
         recipe.rollout.slices(train.num_envs)
     if recipe.rollout.max_staleness and isinstance(train.algorithm, GRPOConfig):
         raise ValueError("rollout.max_staleness is for PPO: GRPO collects whole episodes for each update; set it to 0")
-    deployed, explored = (getattr(c, "num_steps", None) for c in (recipe.policy, train.sampler))
+
+
+def check_policy(recipe: Recipe, policy: Any, spec: EnvSpec) -> None:
+    """Raise ValueError or TypeError where `policy` cannot do what the recipe's training asks of it."""
+    train = recipe.train
+    if train.execution_horizon > policy.action_horizon:
+        raise ValueError(
+            f"train.execution_horizon is {train.execution_horizon}, the policy predicts {policy.action_horizon} steps"
+        )
+    if isinstance(train, OffPolicyConfig):
+        check_stages(train, spec, policy)
+        return
+    deployed, explored = (getattr(c, "num_steps", None) for c in (policy.config, train.sampler))
     if deployed != explored and None not in (deployed, explored):
         raise ValueError(
             f"policy.num_steps is {deployed} and train.sampler.num_steps {explored}: another chain would be deployed "
@@ -162,7 +178,11 @@ def _check_same_demos(recipe: Recipe, path: Path) -> None:
 def fine_tune(
     recipe: Recipe, dataset_path: Path, run_dir: Path, *, resume: bool, initial: Path | None = None
 ) -> SFTResult:
-    """A new policy, or the one of the folder `initial` with its own normalisation, fitted to the dataset."""
+    """A new policy, or the one of the folder `initial`, fitted to the dataset.
+
+    A policy that was trained here keeps its normalisation. A public checkpoint, or one that was converted from it, is
+    moved to this environment and takes the dataset's.
+    """
     env = recipe.env.make(1, split="train")
     spec = env.spec
     env.close()
@@ -170,10 +190,14 @@ def fine_tune(
     if not dataset.num_episodes:
         raise DatasetError(f"{dataset_path}: no episode to learn from; record demonstrations first")
     policy: Any
-    if initial is not None:
-        policy = load_policy(initial, device=device_of(recipe), spec=spec)
-    else:
+    ours = initial is not None and layout_of(initial) == "native" and read_description(initial)["spec"] is not None
+    if initial is None:
         policy = build_policy(recipe.policy, spec, seed=recipe.sft.seed, device=device_of(recipe))
+    elif ours:
+        policy = load_for(recipe, initial, spec)
+    else:
+        policy = adapt(load_any(initial, device=device_of(recipe), cameras=tuple(spec.cameras)), spec)
+    if not ours:
         policy.set_normalization(
             Normalizer.from_stats(dataset.stats["observation.state"], recipe.state_normalization),
             Normalizer.from_stats(dataset.stats["action"], recipe.action_normalization),
@@ -183,6 +207,15 @@ def fine_tune(
     chunks = ChunkDataset(dataset, policy.action_horizon, cameras=cameras)
     sampler = DatasetSampler(chunks, recipe.sft.batch_size, recipe.sft.seed)
     return run_sft(policy, sampler, recipe.sft, run_dir, resume=resume, spec=spec)
+
+
+def load_for(recipe: Recipe, folder: Path, spec: EnvSpec, *, check: bool = False) -> Any:
+    """The policy of `folder`, of ours or of a public layout, for the environment of `spec`, whose cameras fill a public
+    checkpoint's picture slots in order. `check`: that it can do what the recipe's training asks of it."""
+    policy = load_any(folder, device=device_of(recipe), spec=spec, cameras=tuple(spec.cameras))
+    if check:
+        check_policy(recipe, policy, spec)
+    return policy
 
 
 def save_untrained(recipe: Recipe, dataset_path: Path, folder: Path) -> None:
@@ -217,9 +250,7 @@ def reinforce(
         recipe.train,
         make_env,
         run_dir,
-        policy=None
-        if policy_folder is None
-        else lambda spec: load_policy(policy_folder, device=device_of(recipe), spec=spec),
+        policy=None if policy_folder is None else lambda spec: load_for(recipe, policy_folder, spec, check=True),
         dataset_path=dataset_path,
         resume=resume,
         evaluate=lambda policy: _curve_metrics(recipe, policy),
@@ -241,7 +272,7 @@ def _reinforce_on_policy(
 
     one = recipe.env.make(1, split="train")
     one.close()
-    policy: Any = load_policy(policy_folder, device=device_of(recipe), spec=one.spec)
+    policy = load_for(recipe, policy_folder, one.spec, check=True)
     _adapt(policy, recipe, config)
     demos = None
     if config.algorithm.actor.bc_coef > 0.0:
@@ -347,7 +378,9 @@ def evaluate_stage(
     Returns the result and the recordings of the first task, by seed.
     """
     config = recipe.evaluation
-    policy = load_policy(policy_folder, device=device_of(recipe))
+    one = recipe.env.make(1, split="test")
+    one.close()
+    policy = load_for(recipe, policy_folder, one.spec)
     filmed = list(config.seeds)[: config.num_videos]
     recorders = [
         EpisodeRecorder(out / "videos" / task, filmed, recipe.env.control_hz, speed=config.video_speed)

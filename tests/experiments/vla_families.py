@@ -1,0 +1,51 @@
+"""Learning experiment: one VLA family of each head, tiny, on the tabletop's reach: SFT, then PPO, against its control.
+
+    make experiment NAME=vla_families [ARGS="--task openvla_oft_tokens"]      # or openvla_oft; the default is pi0
+
+The flow head (pi0, Flow-SDE), the token head (OpenVLA-OFT's discrete tokens) and the regression head (OpenVLA-OFT's L1
+head, explored by a Laplace density), each with its recipe of `vla_rl.configs.vla`. For each seed the recipe's
+demonstrations and policy, and from it PPO with its advantages and with shuffled ones, which must not learn. The same
+256 held-out episodes for all. Required: ahead of the fine-tuned policy and of the control, all seeds together.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tests.experiments.runner import Experiment, Method, main_of_task, start_of
+from vla_rl.configs import get_recipe
+from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.train.loop import TrainConfig
+
+
+def _experiment(family: str) -> Experiment:
+    recipe = get_recipe(family)
+    control = recipe.control().train
+    assert isinstance(recipe.train, TrainConfig)
+    assert isinstance(control, TrainConfig)
+
+    def make_env(num_envs: int, split: str, auto_reset: bool) -> ChunkedEnv:
+        return recipe.env.make(num_envs, split=split, auto_reset=auto_reset, final_images=auto_reset)
+
+    return Experiment(
+        name=f"vla_families/{family}",
+        title=f"{family}, tiny: fine-tuning, then PPO",
+        prepare=start_of(recipe),
+        make_env=make_env,
+        methods={"ppo": Method("PPO", recipe.train), "control": Method("shuffled advantages", control, "control")},
+        num_episodes=256,
+        first_episode=0,
+        required=0.0,
+        start_range=(0.0, 1.0),
+        ahead=(("ppo", "sft"), ("ppo", "control")),
+    )
+
+
+TASKS = {"pi0": "PI0", "openvla_oft_tokens": "TOKENS", "openvla_oft": "REGRESSION"}
+PI0 = _experiment("pi0")
+TOKENS = _experiment("openvla_oft_tokens")
+REGRESSION = _experiment("openvla_oft")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main_of_task("tests.experiments.vla_families", TASKS, sys.argv[1:]))
