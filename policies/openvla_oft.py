@@ -242,6 +242,7 @@ class OpenVLAOFT(nn.Module):
         width = config.body.vlm.decoder.width
         self.action_head = RegressionHead(config.chunk_dim * width, width, config.chunk_dim)
         self.std_logit = nn.Parameter(initial_std_logit(config))
+        self.body.vlm.lm_head.requires_grad_(False)  # part of the layout, and of no result
 
     @property
     def inputs(self) -> VLAInputs:

@@ -95,8 +95,9 @@ def read_openvla(
     """The policy in evaluation mode: OpenVLAOFT where there is an `action_head--*_checkpoint.pt`, OpenVLAOFTTokens or
     OpenVLA where there is none.
 
-    `options.cameras`: in the order of the model's pictures, by default ("agent",). Raises PolicyCheckpointError for
-    files that are missing, cut short or of another model, and FileNotFoundError where no tokenizer is found.
+    `options.cameras`: in the order of the model's pictures, by default ("agent",); published folders do not say how
+    many there are (OFT for LIBERO: two, the wrist's last). Raises PolicyCheckpointError for files that are missing, cut
+    short or of another model, and FileNotFoundError where no tokenizer is found.
     """
     options, openvla = options or ReadOptions(), openvla or OpenVLAOptions()
     if list(folder.glob("noisy_action_projector--*")):
@@ -301,15 +302,18 @@ def _policy_config(
     if proprio and options.state_dim not in (0, state_dim):
         raise ValueError(f"the policy reads states of {state_dim} dimensions, the environment has {options.state_dim}")
     state_dim, action_dim = options.state_dim or state_dim or 1, options.action_dim or stated
+    cameras = options.cameras or ("agent",)
+    if config.get("num_images_in_input", len(cameras)) != len(cameras):
+        raise ValueError(
+            f"the policy takes {config['num_images_in_input']} pictures: name as many cameras, not {cameras}"
+        )
     if not parallel:
         if proprio or vlm.film:
             raise ValueError("a proprio projector or FiLM without decoding='parallel': OpenVLA-OFT decodes in parallel")
-        return OpenVLAConfig(
-            state_dim, action_dim, options.cameras or ("agent",), horizon, chunk_dim, vlm=vlm, inputs=inputs
-        )
+        return OpenVLAConfig(state_dim, action_dim, cameras, horizon, chunk_dim, vlm=vlm, inputs=inputs)
     body = ParallelConfig(vlm, inputs, proprio, clip_state=True, stop=_LLAMA_STOP)
     kind = OpenVLAOFTConfig if regression else OpenVLAOFTTokensConfig
-    return kind(state_dim, action_dim, options.cameras or ("agent",), horizon, chunk_dim, body=body)
+    return kind(state_dim, action_dim, cameras, horizon, chunk_dim, body=body)
 
 
 def _decoding(config: Mapping[str, Any], openvla: OpenVLAOptions) -> str:
@@ -431,6 +435,7 @@ def _public_config(policy: OpenVLAFamily, statistics: Mapping[str, Any]) -> dict
         "vision_layers_heads": [[tower.depth, tower.num_heads] for tower in (vlm.dino, vlm.siglip)],
         "prompt_end_id": policy.inputs.prompt.end,
         "num_action_chunks": policy.action_horizon,
+        "num_images_in_input": len(policy.config.cameras),
         "decoding": "autoregressive" if autoregressive else "parallel",
     }
 

@@ -131,6 +131,17 @@ def test_tokens_are_decoded_in_parallel_on_request(base):
     assert (policy.action_horizon, policy.config.body.inputs.center_crop) == (2, 0.9)
 
 
+def test_a_policy_of_two_pictures_asks_for_two_cameras(tmp_path):
+    oft_folder(tmp_path / "a")
+    cameras = ReadOptions(cameras=("front", "wrist"))
+    policy = read_openvla(tmp_path / "a", cameras)
+    assert policy.config.cameras == ("front", "wrist")
+    write_openvla(policy, tmp_path / "b")
+    assert read_openvla(tmp_path / "b", cameras).config == policy.config
+    with pytest.raises(PolicyCheckpointError, match="takes 2 pictures: name as many cameras"):
+        read_openvla(tmp_path / "b")
+
+
 def write_adapter(folder, tensors, scale_by_root=False):
     """Rank 2, alpha 6; the sum in `tensors`."""
     folder.mkdir(parents=True)

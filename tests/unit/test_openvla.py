@@ -270,6 +270,7 @@ def test_supervised_loss_falls_and_the_fitted_policy_acts_so():
     assert actions.shape == (3, 1, 7)
     assert actions[..., 4:].abs().max() == 0
     losses = fit(policy, obs, actions)
+    assert all(p.grad is not None for p in policy.parameters())
     assert losses[0] > 4.0
     assert losses[-1] < 0.1
     assert (policy.act(obs, torch.zeros(3, 1, 7)).actions - env_actions).abs().max() < 0.005

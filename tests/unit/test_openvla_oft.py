@@ -128,6 +128,7 @@ def test_drawn_and_scored_log_probabilities_agree_and_gradients_reach_the_deviat
     deviation = policy.get_parameter("std_logit").grad
     assert deviation[:, :4].abs().min() > 0
     assert deviation[:, 4:].abs().max() == 0  # padding is not scored
+    assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
     assert policy.vlm.vision.featurizer.patch_embedding.weight.grad.abs().max() > 0
 
 
