@@ -221,13 +221,11 @@ def _sizes(source: OpenVLASource, config: Mapping[str, Any], home: Path) -> Pris
 
 def _tower(source: OpenVLASource, present: set[str], root: str, depth: int, num_heads: int) -> VisionTransformerConfig:
     def size(name: str, axis: int) -> int:
-        if root + name not in present:
-            raise PolicyCheckpointError(f"{source.path} has no {root}{name}; the files are not complete")
-        return source.shape(root + name)[axis]
+        return _size(source, root + name, axis)
 
-    patch = size("patch_embed.proj.weight", -1)
+    patch = size("patch_embed.proj.weight", 3)
     return VisionTransformerConfig(
-        width=size("pos_embed", -1),
+        width=size("pos_embed", 2),
         depth=depth,
         mlp_width=size("blocks.0.mlp.fc1.weight", 0),
         num_heads=num_heads,
@@ -243,10 +241,20 @@ def _tower(source: OpenVLASource, present: set[str], root: str, depth: int, num_
     )
 
 
+def _size(source: OpenVLASource, name: str, axis: int) -> int:
+    """Raises PolicyCheckpointError where there is no such tensor, or it has fewer dimensions."""
+    shape = source.shape(name) if name in source.keys() else ()  # noqa: SIM118
+    if axis >= len(shape):
+        raise PolicyCheckpointError(
+            f"{source.path} has no {name} of {axis + 1} dimensions or more; copy the files again"
+        )
+    return shape[axis]
+
+
 def _llama(source: OpenVLASource, text: Mapping[str, Any]) -> DecoderConfig:
     """What text_config leaves out has the default of transformers' LlamaConfig, which published folders rely on."""
     root = "language_model.model."
-    vocab_size, width = source.shape(f"{root}embed_tokens.weight")
+    vocab_size, width = (_size(source, f"{root}embed_tokens.weight", axis) for axis in (0, 1))
     heads = text.get("num_attention_heads") or 32
     head_dim = text.get("head_dim") or width // heads
     rope = text.get("rope_parameters") or {}
@@ -295,10 +303,10 @@ def _policy_config(
     parallel = regression or _decoding(config, openvla) == "parallel"
     horizon = openvla.action_horizon or config.get("num_action_chunks") or (8 if parallel else 1)
     stated = len(entry.get("action", {}).get("q01", ())) or 7
-    chunk_dim = source.shape("action_head.model.fc2.bias")[0] if regression else stated
+    chunk_dim = _size(source, "action_head.model.fc2.bias", 0) if regression else stated
     state_dim = len(entry.get("proprio", {}).get("q01", ()))
     if proprio:
-        state_dim = source.shape("proprio_projector.fc1.weight")[1]
+        state_dim = _size(source, "proprio_projector.fc1.weight", 1)
     if proprio and options.state_dim not in (0, state_dim):
         raise ValueError(f"the policy reads states of {state_dim} dimensions, the environment has {options.state_dim}")
     state_dim, action_dim = options.state_dim or state_dim or 1, options.action_dim or stated

@@ -258,6 +258,16 @@ def test_pickles_with_code_are_not_executed(tmp_path, capsys):
         read_openvla(tmp_path)
 
 
+def test_heads_that_do_not_fit(tmp_path):
+    _, head, _ = oft_folder(tmp_path)
+    public.write_heads(tmp_path, {k: v for k, v in head.items() if "fc2" not in k})
+    with pytest.raises(PolicyCheckpointError, match=r"no action_head\.model\.fc2\.bias"):
+        read_openvla(tmp_path)
+    public.write_heads(tmp_path, public.head_tensors(5))
+    with pytest.raises(ValueError, match="7 action dimensions, the model at most 5"):
+        read_openvla(tmp_path)
+
+
 def test_several_steps_of_a_head_ask_for_a_choice(tmp_path):
     oft_folder(tmp_path)
     torch.save(public.head_tensors(), tmp_path / "action_head--50000_checkpoint.pt")
