@@ -64,6 +64,11 @@ class Tokenizer(nn.Module):
         encoder = self._load()
         return encoder.vocab_size() if self.config.kind == "sentencepiece" else encoder.get_vocab_size()
 
+    @property
+    def num_text_ids(self) -> int:
+        """`num_ids` without tokens that were added to a "json" one, as for a place where a picture goes."""
+        return self._load().get_vocab_size(with_added_tokens=False) if self.config.kind == "json" else self.num_ids
+
     def ids(self, sentence: str, *, end: int = -1) -> list[int]:
         """Without padding; with `end` as the last one, where it is not there anyway (-1: none). Raises ValueError where
         they are more than `max_tokens`."""

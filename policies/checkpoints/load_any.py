@@ -23,6 +23,8 @@ from vla_rl.policies.checkpoints.names import family_of
 from vla_rl.policies.checkpoints.native import (
     WEIGHTS_FILE,
     PolicyCheckpointError,
+    build_described,
+    check_spec,
     load_policy,
     policy_class_of,
     read_description,
@@ -39,8 +41,9 @@ from vla_rl.policies.checkpoints.openvla import (
 )
 from vla_rl.policies.checkpoints.options import ReadOptions
 from vla_rl.policies.checkpoints.orbax import OrbaxSource, params_folder
-from vla_rl.policies.checkpoints.tensors import TensorSource, float32_keys, names_in, on_meta, read_json
+from vla_rl.policies.checkpoints.tensors import TensorSource, float32_keys, load_into, names_in, on_meta, read_json
 from vla_rl.policies.pi0 import Pi0Config
+from vla_rl.policies.smolvla import SmolVLAConfig
 
 Layout = Literal["native", "openpi", "openpi_jax", "lerobot", "openvla"]
 LAYOUTS: dict[Layout, str] = {
@@ -100,7 +103,7 @@ def load_any(
     folder = Path(folder)
     layout = layout_of(folder)
     if layout == "native":
-        return _in_dtype(_load_native(folder, device, spec), dtype)
+        return _load_native(folder, device, dtype, spec)
     told = replace(options or ReadOptions(), device=device, dtype=dtype or torch.float32)
     told = replace(told, tokenizer=tokenizer or told.tokenizer, cameras=tuple(cameras) or told.cameras)
     if spec is not None:
@@ -126,7 +129,7 @@ def convert(
         raise PolicyCheckpointError(f"{target} is not empty; name a new folder")
     found = layout_of(source)
     told = options or ReadOptions(dtype=None)
-    policy: Any = load_policy(source) if found == "native" else _read(source, found, told, openvla)
+    policy: Any = _load_native(source, "cpu", None, None) if found == "native" else _read(source, found, told, openvla)
     if layout == "native":
         save_policy(policy, target, metadata={"converted_from": found})
     elif layout == "openvla":
@@ -147,37 +150,46 @@ def _plan(folder: Path, layout: Layout, options: ReadOptions) -> Plan:
     plan = _PLANS[layout](folder, options)
     adaptive = isinstance(plan.config, Pi0Config) and plan.config.adaptive
     if not adaptive and (options.discrete_state is not None or options.state_width is not None):
-        raise PolicyCheckpointError(f"{folder}: discrete_state and state_width are for pi0.5, this is {family(plan)}")
+        raise PolicyCheckpointError(
+            f"{folder}: discrete_state and state_width are for pi0.5, this is {family(plan.config)}"
+        )
     if options.asset and layout == "lerobot":
         raise PolicyCheckpointError(f"{folder}: asset {options.asset!r} is for openpi's checkpoints, this is LeRobot's")
     return plan
 
 
-def family(plan: Plan) -> str:
+def family(config: Pi0Config | SmolVLAConfig) -> str:
     """ "pi0", "pi05" or "smolvla"."""
-    if isinstance(plan.config, Pi0Config):
-        return "pi05" if plan.config.adaptive else "pi0"
+    if isinstance(config, Pi0Config):
+        return "pi05" if config.adaptive else "pi0"
     return "smolvla"
 
 
-def _load_native(folder: Path, device: torch.device | str, spec: EnvSpec | None) -> nn.Module:
-    """A converted policy was saved without an environment: then sizes and cameras are what can be checked."""
-    if spec is None or read_description(folder)["spec"] is not None:
-        return load_policy(folder, device=device, spec=spec)
-    policy = load_policy(folder, device=device)
-    check_fits(policy, spec, str(folder))
-    return policy
-
-
-def _in_dtype(policy: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """As `load_into` would have read it."""
-    kept = float32_keys(policy)
-    for name, parameter in policy.named_parameters():
-        if dtype is not None and name not in kept:
-            parameter.data = parameter.data.to(dtype)
+def _load_native(
+    folder: Path, device: torch.device | str, dtype: torch.dtype | None, spec: EnvSpec | None
+) -> nn.Module:
+    """As `load_policy`, but straight from the file into `dtype` on `device`, which matters for large ones."""
+    description = read_description(folder)
+    if spec is not None and description["spec"] is not None:
+        check_spec(description["spec"], spec, folder)
+    policy = on_meta(lambda: build_described(description, folder))
+    state = policy.state_dict()
+    if all(name in state for name, _ in policy.named_buffers()):
+        source = TensorSource(folder / WEIGHTS_FILE)
+        load_into(policy, source, {key: key for key in state}, dtype=dtype, device=device)
+        for name, kind in description["normalization"].items():
+            policy.get_submodule(name).kind = kind
+    else:  # buffers that are computed as it is built
+        policy = load_policy(folder, device=device)
+        kept = float32_keys(policy)
+        for name, parameter in policy.named_parameters():
+            if dtype is not None and name not in kept:
+                parameter.data = parameter.data.to(dtype)
     if any(p.dtype != torch.float32 for p in policy.parameters()):
         compute_in_own_precision(policy)
-    return policy
+    if spec is not None and description["spec"] is None:  # converted: sizes and cameras are what can be checked
+        check_fits(policy, spec, str(folder))
+    return policy.eval()
 
 
 # ----------------------------------------------------------------------------------------------------------- describe
@@ -191,7 +203,7 @@ def describe(folder: Path, options: ReadOptions | None = None) -> dict[str, str]
     if layout == "openvla":
         return lines | describe_openvla(folder)
     plan = _plan(folder, layout, told)
-    lines |= {"family": family(plan)} | _describe_config(plan.config) | _describe_tensors(plan.source)
+    lines |= {"family": family(plan.config)} | _describe_config(plan.config) | _describe_tensors(plan.source)
     for name, normalizer in zip(("state", "action"), plan.normalizers, strict=True):
         lines[f"{name} normalisation"] = normalizer.kind
     if layout == "openpi_jax" and not told.action_horizon and not (folder / "config.json").is_file():
@@ -202,11 +214,13 @@ def describe(folder: Path, options: ReadOptions | None = None) -> dict[str, str]
 
 def _describe_native(folder: Path) -> dict[str, str]:
     description = read_description(folder)
-    policy_config = description["config"]
+    config = on_meta(lambda: build_described(description, folder)).config
     lines = {"family": description["class"], **_describe_tensors(TensorSource(folder / WEIGHTS_FILE))}
-    for name in ("state_dim", "action_dim", "action_horizon", "cameras"):
-        if name in policy_config:
-            lines[name.replace("_", " ")] = _text(policy_config[name])
+    if isinstance(config, Pi0Config | SmolVLAConfig):
+        lines |= {"family": family(config), **_describe_config(config)}
+    else:
+        names = ("state_dim", "action_dim", "action_horizon", "cameras")
+        lines |= {name.replace("_", " "): _text(getattr(config, name)) for name in names if hasattr(config, name)}
     lines |= {f"{name} normalisation": kind for name, kind in _short(description["normalization"]).items()}
     lines["environment"] = (description["spec"] or {}).get("name", "not stored")
     return lines

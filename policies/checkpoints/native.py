@@ -97,17 +97,22 @@ def load_policy(folder: str | Path, *, device: torch.device | str = "cpu", spec:
     """
     tensors, description = _read(Path(folder))
     if spec is not None:
-        _check_spec(description.get("spec"), spec, Path(folder))
-    policy_class, config_class = _classes(description["class"], Path(folder))
-    try:
-        policy = policy_class(config_from_dict(config_class, description["config"], where="config"))
-    except ValueError as error:
-        raise PolicyCheckpointError(f"{folder}: {error}") from error
+        check_spec(description.get("spec"), spec, Path(folder))
+    policy = build_described(description, Path(folder))
     load_precision(policy, tensors)
     _load_strict(policy, tensors, Path(folder) / WEIGHTS_FILE)
     for name, kind in description["normalization"].items():
         policy.get_submodule(name).kind = kind
     return policy.to(device).eval()
+
+
+def build_described(description: Mapping[str, Any], folder: Path) -> nn.Module:
+    """The policy that `description` is of, with new weights. Raises PolicyCheckpointError where it cannot be built."""
+    policy_class, config_class = _classes(description["class"], folder)
+    try:
+        return policy_class(config_from_dict(config_class, description["config"], where="config"))
+    except ValueError as error:
+        raise PolicyCheckpointError(f"{folder}: {error}") from error
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
@@ -152,7 +157,8 @@ def _resolve(entry: type | str) -> type:
     return getattr(importlib.import_module(module), name)
 
 
-def _check_spec(saved: Mapping[str, Any] | None, spec: EnvSpec, folder: Path) -> None:
+def check_spec(saved: Mapping[str, Any] | None, spec: EnvSpec, folder: Path) -> None:
+    """Raise PolicyCheckpointError where the policy was `saved` for another state or action than those of `spec`."""
     if saved is None:
         raise PolicyCheckpointError(f"{folder}: saved without the spec of its environment, so it cannot be checked")
     here = config_to_dict(spec)

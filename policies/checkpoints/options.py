@@ -43,9 +43,10 @@ def read_tokenizer(folder: Path, options: ReadOptions, *, bos: int, max_tokens: 
     if not options.require_tokenizer and not any((place / name).is_file() for name in FILES):
         return Tokenizer(TokenizerConfig(bos=bos, max_tokens=max_tokens))
     tokenizer = Tokenizer.from_folder(place, bos=bos, max_tokens=max_tokens)
-    if tokenizer.num_ids > vocab_size:
+    # Added tokens are not those of sentences: PaliGemma's tokenizer.json has one more than its models embed.
+    if tokenizer.num_text_ids > vocab_size:
         raise PolicyCheckpointError(
-            f"the tokenizer in {place} has {tokenizer.num_ids} tokens, the model embeds {vocab_size}: "
+            f"the tokenizer in {place} has {tokenizer.num_text_ids} tokens, the model embeds {vocab_size}: "
             "bring the tokenizer of this model"
         )
     return tokenizer

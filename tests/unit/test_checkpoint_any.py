@@ -17,9 +17,11 @@ from vla_rl.policies.checkpoints.adapt import adapt
 from vla_rl.policies.checkpoints.load_any import LAYOUTS, convert, describe, layout_of, load_any
 from vla_rl.policies.checkpoints.native import PolicyCheckpointError, load_policy, save_policy
 from vla_rl.policies.checkpoints.options import ReadOptions
+from vla_rl.policies.flow_mlp import FlowMLPConfig
 from vla_rl.policies.pi0 import Pi0, Pi0Config
 from vla_rl.policies.smolvla import SmolVLA
 from vla_rl.policies.tiny import TinyVLAConfig
+from vla_rl.protocols import chunk_shape
 
 
 def spec(state: int = 8, action: int = 7, cameras: tuple[str, ...] = ("front", "wrist")) -> EnvSpec:
@@ -90,6 +92,15 @@ def test_our_own_folder_is_one_of_them(tmp_path: Path) -> None:
     assert half.expert.norm.weight.dtype == half.inputs.state_normalizer.scale.dtype == torch.float32
     with pytest.raises(PolicyCheckpointError, match="tokenizer is that of bytes"):
         convert(tmp_path, tmp_path / "d", "openpi")
+
+
+def test_a_policy_whose_buffers_are_computed_is_loaded_too(tmp_path: Path) -> None:
+    policy = build_policy(FlowMLPConfig(), spec(), seed=0)
+    save_policy(policy, tmp_path, spec=spec())
+    again = load_any(tmp_path, spec=spec())
+    obs = Observation({}, torch.randn(2, 8), ("", ""))
+    noise = torch.randn(2, *chunk_shape(policy))
+    assert torch.equal(policy.act(obs, noise).actions, again.act(obs, noise).actions)
 
 
 def test_an_unknown_folder_is_an_error_that_lists_what_there_is(tmp_path: Path) -> None:
@@ -176,5 +187,6 @@ def test_inspect_and_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "t" / "tokenizer.model").write_bytes(tiny.tokenizer_model())
     assert main(["checkpoint", "convert", *there, "--tokenizer", str(tmp_path / "t")]) == 0
     assert load_any(tmp_path / "d", spec=spec()).config.cameras == ("front", "wrist")
-    assert describe(tmp_path / "d")["environment"] == "not stored"
+    lines = describe(tmp_path / "d")
+    assert (lines["family"], lines["cameras"], lines["environment"]) == ("pi0", "front, wrist", "not stored")
     assert main(["checkpoint"]) == 2

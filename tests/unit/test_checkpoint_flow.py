@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,7 +19,10 @@ from vla_rl.policies.checkpoints.lerobot import plan_lerobot, save_lerobot
 from vla_rl.policies.checkpoints.native import PolicyCheckpointError
 from vla_rl.policies.checkpoints.openpi import plan_openpi, save_openpi
 from vla_rl.policies.checkpoints.options import ReadOptions
-from vla_rl.policies.checkpoints.tensors import read_json
+from vla_rl.policies.checkpoints.sizes import gemma_sizes, smollm_sizes, vision_sizes
+from vla_rl.policies.checkpoints.tensors import on_meta, read_json
+from vla_rl.policies.pi0 import Pi0, pi0_size
+from vla_rl.policies.smolvla import SmolVLA, SmolVLAConfig, smolvla_size
 
 TWO = ReadOptions(cameras=("front", "wrist"))
 
@@ -205,6 +209,46 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     save_file(tensors | {head: tensors[head][:300].clone()}, tmp_path / "c" / "model.safetensors")
     with pytest.raises(PolicyCheckpointError, match="320 tokens, the model embeds 300"):
         openpi(tmp_path / "c")
+
+
+def test_a_tokenizer_may_have_tokens_that_no_sentence_gives(tmp_path: Path) -> None:
+    """PaliGemma's tokenizer.json has one more than its models embed: the place of a picture."""
+    tensors = tiny.write_openpi(tmp_path / "c", adaptive=False, tokenizer=False)
+    letters = {chr(97 + i): i for i in range(tiny.VOCAB)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[]))
+    tokenizer.add_special_tokens(["<image>"])
+    tokenizer.save(str(tmp_path / "c" / "tokenizer.json"))
+    assert openpi(tmp_path / "c").inputs.tokenizer.num_ids == tiny.VOCAB + 1
+    head = "paligemma_with_expert.paligemma.lm_head.weight"
+    save_file(tensors | {head: tensors[head][1:].clone()}, tmp_path / "c" / "model.safetensors")
+    with pytest.raises(PolicyCheckpointError, match="has 340 tokens, the model embeds 339"):
+        openpi(tmp_path / "c")
+
+
+@pytest.mark.parametrize("variant", ["pi0", "pi05", "smolvla"])
+def test_published_sizes_are_known_from_their_shapes(variant: str) -> None:
+    """Shapes as the published models have them; how many heads there are is not among them."""
+    sizes = smolvla_size() if variant == "smolvla" else pi0_size(variant)
+    expected = replace(sizes, state_dim=8, action_dim=7)
+    policy = on_meta(lambda: SmolVLA(expected) if isinstance(expected, SmolVLAConfig) else Pi0(expected))
+    shapes = {key: tuple(value.shape) for key, value in policy.state_dict().items()}
+
+    def depth(start: str) -> int:
+        return len({key.removeprefix(start).split(".")[0] for key in shapes if key.startswith(start)})
+
+    where = Path("published")
+    assert vision_sizes(shapes.__getitem__, depth("vision.layers."), {}, where) == expected.vision
+    towers = {"language_model": expected.language, "expert": expected.expert}
+    for tower, size in towers.items():
+        layers, vocab = depth(f"{tower}.layers."), tower == "language_model"
+        if variant == "smolvla":
+            every = 0 if vocab else 2
+            found = smollm_sizes(shapes.__getitem__, tower, layers, {}, where, vocab=vocab, cross_every=every)
+        else:
+            found = gemma_sizes(shapes.__getitem__, tower, layers, vocab=vocab)
+        assert found == size
+    millions = sum(p.numel() for p in policy.parameters()) / 1e6
+    assert round(millions) == {"pi0": 3238, "pi05": 3353, "smolvla": 403}[variant]
 
 
 # ------------------------------------------------------------------------------------------------------------ LeRobot
