@@ -96,6 +96,8 @@ class HFEncoder(nn.Module):
             action_dim=config.action_dim,
             chunk_dim=config.action_dim,
         )
+        if backbone.tokenizer.kind == "bytes":  # of others the file is filled in later
+            _require_ids(self)
 
     @property
     def vision_is_frozen(self) -> bool:
@@ -382,6 +384,13 @@ def _fill(encoder: HFEncoder, weights: dict[str, Tensor], tokenizer: Tensor | No
     encoder.backbone.vlm.load_state_dict(weights)
     if tokenizer is not None:
         encoder.inputs.tokenizer.file.copy_(tokenizer)
+        _require_ids(encoder)
+
+
+def _require_ids(encoder: HFEncoder) -> None:
+    known, given = encoder.backbone.vlm.get_input_embeddings().num_embeddings, encoder.inputs.tokenizer.num_ids
+    if given > known:
+        raise ValueError(f"the tokenizer gives {given} ids, the model knows {known}; it is that of another model")
 
 
 __all__ = ["HFFlowConfig", "HFFlowPolicy", "HFTokenConfig", "HFTokenPolicy", "TokenHeadConfig"]

@@ -166,7 +166,8 @@ class Prismatic(nn.Module):
     def action_logits(self, hidden: Tensor) -> Tensor:
         """`hidden [..., width]` -> logits of the 256 bins, float32 [..., 256]; no other token gets one."""
         first = self.config.first_action_id
-        return functional.linear(hidden, self.lm_head.weight[first : first + NUM_BINS]).flip(-1).float()
+        weight = self.lm_head.weight[first : first + NUM_BINS]
+        return functional.linear(hidden.to(weight.dtype), weight).flip(-1).float()
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,10 @@ from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_
 from vla_rl.policies.checkpoints.native import load_policy, save_policy
 from vla_rl.policies.hf_backbone import HFBackboneConfig
 from vla_rl.policies.hf_vlm import HFFlowConfig, HFFlowPolicy
+from vla_rl.policies.openvla import OpenVLA, OpenVLAConfig
+from vla_rl.policies.openvla_oft import OpenVLAOFT, OpenVLAOFTConfig, OpenVLAOFTTokens, OpenVLAOFTTokensConfig
 from vla_rl.policies.pi0 import Pi0, Pi0Config
+from vla_rl.policies.smolvla import SmolVLA, SmolVLAConfig
 from vla_rl.train import sft
 from vla_rl.train.loop import TrainConfig
 from vla_rl.train.recipe import DemosConfig, Recipe
@@ -76,7 +79,13 @@ def hf(name):
     return policy.eval()
 
 
+def smolvla():
+    torch.manual_seed(0)
+    return SmolVLA(SmolVLAConfig(3, 2, action_horizon=4, num_steps=2)).eval()
+
+
 FAMILIES = [
+    pytest.param(smolvla, id="smolvla"),
     pytest.param(pi0, id="pi0"),
     pytest.param(adaptive_pi0, id="pi05"),
     pytest.param(lambda: hf("paligemma"), id="paligemma"),
@@ -261,6 +270,36 @@ def test_small_steps_of_a_trained_weight_are_not_lost():
     moved = (weight != before) & (before.abs() > 0.01)
     assert float(moved.float().sum() / (before.abs() > 0.01).sum()) > 0.95
     assert bool((weight.bfloat16() == before.bfloat16()).float().mean() > 0.95)  # in bfloat16 they would be
+
+
+OPENVLA = {
+    "openvla": lambda: OpenVLA(OpenVLAConfig(3, 2, action_horizon=4, chunk_dim=2)),
+    "oft": lambda: OpenVLAOFT(OpenVLAOFTConfig(3, 2, action_horizon=4, chunk_dim=2)),
+    "oft_tokens": lambda: OpenVLAOFTTokens(OpenVLAOFTTokensConfig(3, 2, action_horizon=4, chunk_dim=2)),
+}
+
+
+@pytest.mark.parametrize("name", OPENVLA)
+def test_openvla_learns_by_adapters_on_all_linear_layers(name, tmp_path):
+    """As OFT trains it: towers, projector and language model have adapters; heads, if any, are trained whole."""
+    torch.manual_seed(0)
+    policy = OPENVLA[name]().eval()
+    targets = (*LoRAConfig.targets, "out_proj", "fc1", "fc2", "fc3")
+    lora = LoRAConfig(4, 2.0, targets, ("vision", "projector", "language_model"))
+    heads = ("expert",) if name == "oft" else ()
+    before = act(policy)
+    apply_adaptation(policy, AdaptationConfig(heads, lora, "bfloat16"))
+    trained = {n for n, p in policy.named_parameters() if p.requires_grad}
+    assert {part_of(n) for n in trained if ".lora_" in n} == set(lora.parts)
+    assert {part_of(n) for n in trained if ".lora_" not in n} == set(heads)
+    lower = {part_of(n) for n, p in policy.named_parameters() if p.dtype == torch.bfloat16}
+    assert lower == set(lora.parts)
+    assert act(policy).dtype == before.dtype == torch.float32
+    loss(policy).backward()
+    without = {n for n, p in policy.named_parameters() if p.requires_grad and p.grad is None}
+    assert without <= {"std_logit"}  # which the regression has no use for
+    save_policy(policy, tmp_path)
+    assert torch.equal(act(load_policy(tmp_path)), act(policy))
 
 
 # -------------------------------------------------------------------------------------------------- memory and speed

@@ -252,6 +252,9 @@ def test_errors_say_what_is_wrong(tmp_path):
         HFFlowPolicy(HFFlowConfig(3, 2, backbone=HFBackboneConfig(json.dumps({"model_type": "llama"}))))
     with pytest.raises(ValueError, match="multiples of 28"):
         HFFlowPolicy(HFFlowConfig(3, 2, backbone=HFBackboneConfig(vlm_json("qwen3_vl"), image_size=60)))
+    few = VLMS["smolvlm"] | {"text_config": VLMS["smolvlm"]["text_config"] | {"vocab_size": 200}, "image_token_id": 199}
+    with pytest.raises(ValueError, match="gives 259 ids, the model knows 200"):
+        HFFlowPolicy(HFFlowConfig(3, 2, backbone=HFBackboneConfig(json.dumps(few | {"model_type": "smolvlm"}))))
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         HFFlowPolicy.from_folder(tmp_path, HFFlowConfig(3, 2))
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("paligemma", **VLMS["paligemma"]))
