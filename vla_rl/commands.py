@@ -301,8 +301,8 @@ def checkpoint_command(argv: list[str]) -> int:
             discrete_state=o.discrete_state,
             state_width=o.state_width,
         )
-        convert(o.source, o.target, o.layout, told)
-        print(f"{o.target}: {o.layout}")
+        lost = convert(o.source, o.target, o.layout, told)
+        print("\n  ".join([f"{o.target}: {o.layout}", *lost]))
     else:
         raise UsageError("checkpoint: say inspect DIR, or convert FROM TO --layout LAYOUT")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,23 +120,36 @@ def convert(
     layout: Layout,
     options: ReadOptions | None = None,
     openvla: OpenVLAOptions | None = None,
-) -> None:
+) -> list[str]:
     """Write the policy of `source` to `target` in another layout; tensors keep the precision that they are stored in.
 
-    Raises PolicyCheckpointError where `target` holds anything already, or the layout cannot hold the family.
+    Returns what the layout has no place for, in sentences: a reader of `target` goes by its own ways there. Raises
+    PolicyCheckpointError where `target` holds anything already, where the layout cannot hold the family, and for
+    options with our own layout as `source`, which says all itself.
     """
-    if target.exists() and any(target.iterdir()):
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise PolicyCheckpointError(f"{target} is not empty; name a new folder")
     found = layout_of(source)
     told = options or ReadOptions(dtype=None)
-    policy: Any = _load_native(source, "cpu", None, None) if found == "native" else _read(source, found, told, openvla)
+    if found == "native":
+        if openvla is not None or replace(told, dtype=None) != ReadOptions(dtype=None):
+            raise PolicyCheckpointError(
+                f"{source} is in our own layout, which leaves nothing open; leave the options out"
+            )
+        policy: Any = _load_native(source, "cpu", None, None)
+    else:
+        policy = _read(source, found, told, openvla)
     if layout == "native":
         save_policy(policy, target, metadata={"converted_from": found})
-    elif layout == "openvla":
+        return []
+    if layout == "openvla":
         write_openvla(policy, target)
-    else:
-        family_of_policy(policy)
-        {"openpi": save_openpi, "openpi_jax": save_openpi_jax, "lerobot": save_lerobot}[layout](policy, target)
+        return []
+    family_of_policy(policy)
+    {"openpi": save_openpi, "openpi_jax": save_openpi_jax, "lerobot": save_lerobot}[layout](policy, target)
+    again = _PLANS[layout](target, ReadOptions()).config
+    pairs = {f.name: (getattr(policy.config, f.name), getattr(again, f.name)) for f in fields(again)}
+    return [f"{name} {ours} is read back as {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
 
 
 def _read(folder: Path, layout: Layout, options: ReadOptions, openvla: OpenVLAOptions | None) -> nn.Module:

@@ -80,6 +80,19 @@ def test_smolvla_is_loaded_and_has_no_place_at_openpi(tmp_path: Path) -> None:
         convert(tmp_path / "c", tmp_path / "e", "lerobot")
 
 
+def test_what_a_layout_has_no_place_for_is_said(tmp_path: Path) -> None:
+    tiny.write_openpi(tmp_path / "c", adaptive=False)
+    told = ReadOptions(dtype=None, cameras=("front", "wrist"))
+    assert convert(tmp_path / "c", tmp_path / "native", "native", told) == []
+    assert convert(tmp_path / "native", tmp_path / "openpi", "openpi") == [
+        "cameras ('front', 'wrist') is read back as ('base_0_rgb', 'left_wrist_0_rgb', 'right_wrist_0_rgb')"
+    ]
+    lost = convert(tmp_path / "native", tmp_path / "lerobot", "lerobot")
+    assert [line.split()[0] for line in lost] == ["prompt", "loss_on_padding"]  # LeRobot does not clean a sentence
+    with pytest.raises(PolicyCheckpointError, match="leave the options out"):
+        convert(tmp_path / "native", tmp_path / "d", "lerobot", told)
+
+
 def test_our_own_folder_is_one_of_them(tmp_path: Path) -> None:
     policy = build_policy(Pi0Config(), spec(), seed=0)
     save_policy(policy, tmp_path, spec=spec())
