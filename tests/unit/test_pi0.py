@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import PI0Config, PI0ForConditionalGeneration
 
+from tests.transformers_pi0 import names_of_ours, same_weights, their_inputs, transformers_pi0
 from vla_rl.core import ActionSpec, CameraSpec, EnvSpec, Observation
 from vla_rl.data.normalization import Normalizer
 from vla_rl.flow.config import FlowSamplerConfig
@@ -17,7 +18,6 @@ from vla_rl.flow.sampler import FlowSampler
 from vla_rl.flow.sampling import ode
 from vla_rl.policies.blocks.decoder import DecoderConfig, block_mask, positions_of
 from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig
-from vla_rl.policies.blocks.images import to_unit_range
 from vla_rl.policies.blocks.prefix_cache import make_prefix
 from vla_rl.policies.blocks.tokenizer import TokenizerConfig
 from vla_rl.policies.blocks.vision_transformer import VisionTransformerConfig
@@ -25,7 +25,7 @@ from vla_rl.policies.blocks.vla_inputs import PromptConfig
 from vla_rl.policies.build import build_policy
 from vla_rl.policies.checkpoints.native import load_policy, save_policy
 from vla_rl.policies.pi0 import Pi0, Pi0Config, gemma, pi0_size
-from vla_rl.protocols import FlowPolicy, HasSupervisedLoss, HasVisionTokens, PolicyInputs, chunk_shape, require
+from vla_rl.protocols import FlowPolicy, HasSupervisedLoss, HasVisionTokens, chunk_shape, require
 
 torch.set_num_threads(1)
 
@@ -72,78 +72,11 @@ def observation(n=3, seed=0, cameras=("base", "wrist"), size=28, state_dim=6):
 
 
 # ------------------------------------------------------------------------------------------------------------- parity
-def transformers_pi0():
-    text = {
-        "model_type": "gemma",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "vocab_size": 300,
-    }
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-        "vision_use_head": False,
-    }
-    expert = {k: v for k, v in text.items() if k != "vocab_size"} | {"hidden_size": 32, "intermediate_size": 64}
-    vlm = {"model_type": "paligemma", "text_config": text, "vision_config": vision, "projection_dim": 64}
-    vlm["image_token_id"] = 299
-    config = PI0Config(vlm_config=vlm, dit_config=expert, chunk_size=5, max_state_dim=8, max_action_dim=7)
-    return PI0ForConditionalGeneration(config)
-
-
-def names_of_ours(state):
-    renames = (
-        ("model.vlm.vision_tower.embeddings.patch_embedding", "vision.patch_embedding"),
-        ("model.vlm.vision_tower.embeddings.position_embedding.weight", "vision.position_embedding"),
-        ("model.vlm.vision_tower.encoder.layers", "vision.layers"),
-        ("model.vlm.vision_tower.post_layernorm", "vision.post_layernorm"),
-        ("model.vlm.multi_modal_projector.linear", "projector"),
-        ("model.vlm.language_model", "language_model"),
-        ("model.dit", "expert"),
-        ("embed_action_time.", ""),
-    )
-    ours = {}
-    for name, value in state.items():
-        for theirs, own in renames:
-            name = name.replace(theirs, own) if name.startswith(theirs) else name
-        ours[name] = value
-    return ours
-
-
 @pytest.fixture(scope="module")
 def pair():
     torch.manual_seed(0)
-    theirs, ours = scatter(transformers_pi0(), 0.05), Pi0(SMALL)
-    weights = {k: v for k, v in names_of_ours(theirs.state_dict()).items() if k != "expert.embed_tokens.weight"}
-    missing, unknown = ours.load_state_dict(weights, strict=False)
-    assert not unknown
-    assert all(name.startswith("inputs.") for name in missing)
-    return ours, theirs
-
-
-def their_inputs(inputs: PolicyInputs, cameras=("base", "wrist"), slots=3):
-    """`slots` pictures, of which those without a camera are black and masked."""
-    n = len(inputs)
-    pictures = torch.full((n, slots, 3, 28, 28), -1.0)
-    for i, camera in enumerate(cameras):
-        pictures[:, i] = to_unit_range(inputs.images[camera])
-    image_ids = torch.full((n, 4 * len(cameras)), 299)
-    return {
-        "input_ids": torch.cat([image_ids, inputs.tokens], dim=1),
-        "attention_mask": torch.cat([torch.ones_like(image_ids), (inputs.tokens != 0).long()], dim=1),
-        "pixel_values": pictures,
-        "pixel_attention_mask": (torch.arange(slots) < len(cameras)).expand(n, slots),
-        "state": functional.pad(inputs.state, (0, 2)),
-    }
+    theirs = scatter(transformers_pi0(SMALL), 0.05)
+    return same_weights(theirs, SMALL), theirs
 
 
 def test_parity_with_transformers(pair):
@@ -153,12 +86,12 @@ def test_parity_with_transformers(pair):
     assert (inputs.tokens != 0).sum(1).tolist() == [6, 9, 6]
     noise, time = torch.randn(3, 5, 7), torch.tensor([0.9, 0.31, 0.02])
     with torch.no_grad():
-        expected = theirs.sample_actions(**their_inputs(inputs), noise=noise, num_steps=10)
+        expected = theirs.sample_actions(**their_inputs(ours, inputs), noise=noise, num_steps=10)
         sampled = ode(ours, ours.encode(inputs), noise, 10)
     difference = (sampled - expected).abs().max().item()
     assert difference < 1e-5, difference
 
-    out = theirs(**their_inputs(inputs), noise=noise, timestep=time).logits
+    out = theirs(**their_inputs(ours, inputs), noise=noise, timestep=time).logits
     velocity = ours.velocity(ours.encode(inputs), noise, time).velocity
     assert (velocity - out).abs().max() < 1e-5, (velocity - out).abs().max()
     out.square().sum().backward()
