@@ -31,14 +31,14 @@ from vla_rl.policies.checkpoints.assemble import (
     required,
     smolvla_config,
 )
-from vla_rl.policies.checkpoints.names import PI0_NAMES, SMOLVLA_NAMES, UNUSED, PublicNames, theirs
+from vla_rl.policies.checkpoints.names import SMOLVLA_NAMES, UNUSED, PublicNames, theirs
 from vla_rl.policies.checkpoints.native import PolicyCheckpointError
-from vla_rl.policies.checkpoints.openpi import variant_of
+from vla_rl.policies.checkpoints.openpi import public_tensors, variant_of
 from vla_rl.policies.checkpoints.options import ReadOptions, read_tokenizer, write_tokenizer
 from vla_rl.policies.checkpoints.sizes import backbone_config, write_backbone_config
 from vla_rl.policies.checkpoints.stats import LEROBOT_EPS, lerobot_normalizer, lerobot_stats
 from vla_rl.policies.checkpoints.tensors import TensorSource, read_json, write_tensors
-from vla_rl.policies.pi0 import Pi0Config
+from vla_rl.policies.pi0 import Pi0, Pi0Config
 from vla_rl.policies.smolvla import SmolVLAConfig
 
 FAMILIES = ("pi0", "pi05", "smolvla")
@@ -103,9 +103,11 @@ def save_lerobot(policy: FlowVLA, folder: Path) -> None:
         raise PolicyCheckpointError("LeRobot's pi0.5 always reads the state in its prompt, this one does not")
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(policy.inputs.tokenizer, folder)
-    names = SMOLVLA_NAMES if family == "smolvla" else PI0_NAMES
-    tensors = {PREFIX + theirs(key, names): value for key, value in network_state(policy).items()}
-    write_tensors(folder / "model.safetensors", tensors)
+    if isinstance(policy, Pi0):
+        tensors = public_tensors(policy)
+    else:
+        tensors = {theirs(key, SMOLVLA_NAMES): value for key, value in network_state(policy).items()}
+    write_tensors(folder / "model.safetensors", {PREFIX + key: value for key, value in tensors.items()})
     written = {
         STATE: lerobot_stats(policy.inputs.state_normalizer.normalizer),
         ACTION: lerobot_stats(policy.inputs.action_normalizer.normalizer),

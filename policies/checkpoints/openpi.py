@@ -9,6 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vla_rl.data.normalization import Normalizer
 from vla_rl.policies.blocks.decoder import DecoderConfig
 from vla_rl.policies.blocks.tokenizer import Tokenizer
@@ -53,17 +56,14 @@ def plan_openpi(folder: Path, options: ReadOptions) -> Plan:
 
 
 def save_openpi(policy: Pi0, folder: Path, *, asset: str = "vla_rl") -> None:
-    """Write `policy` as `plan_openpi` reads it. The token embedding lies under `paligemma.lm_head`, as openpi's writer
-    leaves it. Raises PolicyCheckpointError for another class and for the tokenizer of bytes."""
+    """Write `policy` as `plan_openpi`, and openpi, read it. Raises PolicyCheckpointError for another class and for the
+    tokenizer of bytes."""
     if family_of_policy(policy) == "smolvla":
         raise PolicyCheckpointError("openpi has no SmolVLA; convert to 'lerobot'")
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(policy.inputs.tokenizer, folder)
     config = policy.config
-    names = {**PI0_NAMES, "language_model.embed_tokens.": "paligemma_with_expert.paligemma.lm_head."}
-    ordered = dict(sorted(names.items(), key=lambda entry: -len(entry[0])))
-    tensors = {theirs(key, ordered): value for key, value in network_state(policy).items()}
-    write_tensors(folder / "model.safetensors", tensors)
+    write_tensors(folder / "model.safetensors", public_tensors(policy))
     dtype = next(policy.expert.layers.parameters()).dtype
     values = {
         "action_dim": config.max_action_dim,
@@ -75,6 +75,16 @@ def save_openpi(policy: Pi0, folder: Path, *, asset: str = "vla_rl") -> None:
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     write_backbone_config(folder, "paligemma", config.vision, config.language)
     write_norm_stats(policy, folder / "assets" / asset)
+
+
+def public_tensors(policy: Pi0) -> dict[str, Tensor]:
+    """Under openpi's names. The token embedding lies under `paligemma.lm_head`, where tied tensors are written once.
+    The expert's output layer, which no action needs, is zeros: openpi and LeRobot refuse a file without it."""
+    names = {"language_model.embed_tokens.": "paligemma_with_expert.paligemma.lm_head.", **PI0_NAMES}
+    tensors = {theirs(key, names): value for key, value in network_state(policy).items()}
+    embedding = policy.language_model.embed_tokens.weight
+    head = torch.zeros(len(embedding), policy.config.expert.width, dtype=embedding.dtype)
+    return tensors | {"paligemma_with_expert.gemma_expert.lm_head.weight": head}
 
 
 # ------------------------------------------------------------------------------- what the JAX layout has as well
@@ -165,4 +175,4 @@ def variant_of(config: DecoderConfig) -> str:
     return "custom"
 
 
-__all__ = ["CAMERAS", "plan_openpi", "read_norm_stats", "save_openpi"]
+__all__ = ["CAMERAS", "plan_openpi", "public_tensors", "read_norm_stats", "save_openpi"]

@@ -24,6 +24,7 @@ from vla_rl.policies.checkpoints.tensors import on_meta, read_json
 from vla_rl.policies.pi0 import Pi0, pi0_size
 from vla_rl.policies.smolvla import SmolVLA, SmolVLAConfig, smolvla_size
 
+EXPERT_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"
 TWO = ReadOptions(cameras=("front", "wrist"))
 
 
@@ -108,9 +109,8 @@ def test_openpi_round_trip(tmp_path: Path, adaptive: bool) -> None:
     save_openpi(policy, tmp_path / "again")
     assert_same(policy, openpi(tmp_path / "again"))
     written = load_file(tmp_path / "again" / "model.safetensors")
-    tensors.pop("paligemma_with_expert.gemma_expert.lm_head.weight")
-    assert set(written) == set(tensors)
-    assert all(torch.equal(written[key], tensors[key]) for key in tensors)
+    assert {k: v.shape for k, v in written.items()} == {k: v.shape for k, v in tensors.items()}  # openpi is strict
+    assert [k for k in tensors if not torch.equal(written[k], tensors[k])] == [EXPERT_HEAD]
     assert read_json(tmp_path / "again" / "config.json")["action_horizon"] == 5
     stats = read_json(tmp_path / "again" / "assets" / "vla_rl" / "norm_stats.json")["norm_stats"]
     name = "q01" if adaptive else "mean"
@@ -264,11 +264,10 @@ def test_lerobot_round_trip(tmp_path: Path, family: str) -> None:
     save_lerobot(policy, tmp_path / "again")
     assert_same(policy, lerobot(tmp_path / "again"))
     written = load_file(tmp_path / "again" / "model.safetensors")
-    embedding = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
-    for key, value in written.items():
-        theirs = key.removeprefix("model.")
-        theirs = "paligemma_with_expert.paligemma.lm_head.weight" if theirs == embedding else theirs
-        assert torch.equal(value, tensors[theirs]), key
+    unread = "vlm_with_expert.vlm.lm_head.weight" if family == "smolvla" else EXPERT_HEAD
+    for key, value in tensors.items():
+        assert key == unread or torch.equal(value, written[f"model.{key}"]), key
+    assert set(written) | {f"model.{unread}"} == {f"model.{key}" for key in tensors}
     assert policy.act(observation(), torch.zeros(2, 5, 32)).actions.shape == (2, 5, 7)
 
 
