@@ -305,6 +305,9 @@ def _more() -> list[Check]:
     return [
         _package("more", "JAX (off-policy agents)", "jax", "pip install jax flax optax", required=True),
         _package("more", "Ray (many machines)", "ray", "pip install ray"),
+        _package("more", "tokenizers of VLAs", "sentencepiece", "pip install 'vla-rl[vla]'"),
+        _package("more", "Hugging Face VLMs", "transformers", "pip install 'vla-rl[vla]'"),
+        _package("more", "LoRA", "peft", "pip install 'vla-rl[vla]'"),
         _package("more", "ROS 2 (rclpy)", "rclpy", ros),
         _package("more", "PyAV (videos)", "av", "pip install av", required=True),
     ]
