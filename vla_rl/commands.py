@@ -17,6 +17,7 @@ from vla_rl.configs import RECIPES, get_recipe
 from vla_rl.doctor import run_doctor
 from vla_rl.evaluation.compare import compare
 from vla_rl.evaluation.result import EvalResult
+from vla_rl.policies.checkpoints.openvla import OpenVLAOptions
 from vla_rl.train.distributed import join_learners, learner, leave_learners, wait_for_all
 from vla_rl.train.offpolicy import OffPolicyConfig
 from vla_rl.train.pipeline import run_pipeline, write_run_report
@@ -265,8 +266,8 @@ class InspectOptions:
 class ConvertOptions:
     """source: folder of a checkpoint in any layout. target: new folder. layout: of what is written. cameras: names in
     the observation that fill the model's picture slots, in order. discrete_state: False is for openpi's
-    pi05_libero, which does not read the state. state_width: zeros follow the state up to it in the prompt. The others
-    are as in `inspect`."""
+    pi05_libero, which does not read the state. state_width: zeros follow the state up to it in the prompt. openvla:
+    what folders of OpenVLA do not say. The others are as in `inspect`."""
 
     source: tyro.conf.Positional[Path]
     target: tyro.conf.Positional[Path]
@@ -277,11 +278,12 @@ class ConvertOptions:
     action_horizon: int = 0
     discrete_state: bool | None = None
     state_width: int | None = None
+    openvla: OpenVLAOptions = field(default_factory=OpenVLAOptions)
 
 
 def checkpoint_command(argv: list[str]) -> int:
     """Look at a checkpoint, or write it in another layout."""
-    from vla_rl.policies.checkpoints.load_any import convert, describe
+    from vla_rl.policies.checkpoints.load_any import convert, describe, layout_of
     from vla_rl.policies.checkpoints.options import ReadOptions
 
     action, rest = (argv[0], argv[1:]) if argv else ("", [])
@@ -301,7 +303,9 @@ def checkpoint_command(argv: list[str]) -> int:
             discrete_state=o.discrete_state,
             state_width=o.state_width,
         )
-        lost = convert(o.source, o.target, o.layout, told)
+        if o.openvla != OpenVLAOptions() and layout_of(o.source) != "openvla":
+            raise UsageError(f"checkpoint: --openvla.* is for a folder of OpenVLA, {o.source} is none")
+        lost = convert(o.source, o.target, o.layout, told, o.openvla)
         print("\n  ".join([f"{o.target}: {o.layout}", *lost]))
     else:
         raise UsageError("checkpoint: say inspect DIR, or convert FROM TO --layout LAYOUT")

@@ -97,3 +97,15 @@ def test_a_checkpoint_of_another_robot_says_what_to_do(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "statistics of 8 dimensions, the environment has 30" in error
     assert "vla-rl sft" in error
+
+
+def test_what_a_folder_of_openvla_does_not_say_is_an_option(tmp_path, capsys):
+    write_openvla(tmp_path / "public")
+    command = ["checkpoint", "convert", str(tmp_path / "public"), str(tmp_path / "ours"), "--layout", "native"]
+    more = ["--openvla.action-horizon", "2", "--openvla.gripper.kind", "closed_is_one", "--cameras", "agent"]
+    assert main([*command, *more]) == 0, capsys.readouterr().err
+    config = load_any(tmp_path / "ours").config
+    assert config.action_horizon == 2
+    assert config.inputs.gripper.kind == "closed_is_one"
+    assert main([*command[:2], str(tmp_path / "ours"), str(tmp_path / "again"), *command[4:], *more]) == 2
+    assert "is for a folder of OpenVLA" in capsys.readouterr().err
