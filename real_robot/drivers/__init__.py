@@ -1,0 +1,1 @@
+"""One driver a file; each is an optional dependency."""

@@ -1,0 +1,1 @@
+"""Policies over a websocket: server, light client, chunk broker, real-time chunking."""
