@@ -316,10 +316,8 @@ def _compile_expert(policy: nn.Module) -> None:
     modules = [module for name, module in policy.named_children() if _PART_OF.get(name) == "expert"]
     if not modules:
         raise ValueError(f"compile: {type(policy).__name__} has no module named expert or action_head")
-    for (
-        module
-    ) in modules:  # in place: a compiled function would keep the policy that it was made of when that is copied
-        module.compile()
+    for module in modules:
+        module.compile()  # in place: a compiled function would keep the policy that it was made of when that is copied
 
 
 __all__ = [

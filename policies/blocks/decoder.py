@@ -13,7 +13,6 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from vla_rl.policies.blocks.transformer import AdaptiveRMSNorm, RMSNorm
 from vla_rl.protocols import PrefixKV
@@ -94,7 +93,7 @@ class DecoderAttention(nn.Module):
         keys, values = (x.transpose(1, 2).flatten(2).to(self.k_proj.weight.dtype) for x in kv)
         return PrefixKV(self._heads(self.k_proj(keys)), self._heads(self.v_proj(values)))
 
-    def forward(self, x: Tensor, by: Rotation, kv: PrefixKV, mask: Tensor | None, *, causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, by: Rotation, kv: PrefixKV, mask: Tensor | None) -> Tensor:
         """`x [N, L, width]` looks at `kv` of T tokens where `mask` (bool [N, L, T]) is True."""
         queries = rotate(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2), by)
         y = functional.scaled_dot_product_attention(
@@ -102,7 +101,6 @@ class DecoderAttention(nn.Module):
             kv.keys,
             kv.values,
             attn_mask=None if mask is None else mask[:, None],
-            is_causal=causal,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -145,7 +143,6 @@ class DecoderLayer(nn.Module):
         mask: Tensor | None,
         prefix: PrefixKV | None,
         condition: Tensor | None,
-        causal: bool = False,
         kv_only: bool = False,
     ) -> tuple[Tensor, PrefixKV | None]:
         """-> new `x` and this layer's own keys and values (None for a cross-attention layer).
@@ -165,25 +162,18 @@ class DecoderLayer(nn.Module):
             if kv_only:
                 return x, own
             if prefix is not None:
-                seen = PrefixKV(
-                    torch.cat([prefix.keys.to(own.keys.dtype), own.keys], dim=2),
-                    torch.cat([prefix.values.to(own.values.dtype), own.values], dim=2),
-                )
-        x = _add(x, gate, attention(normed, by, seen, mask, causal=causal))
+                seen = append_kv(prefix, own)
+        x = _add(x, gate, attention(normed, by, seen, mask))
         normed, gate = _apply(self.post_attention_layernorm, x, condition)
         return _add(x, gate, self.mlp(normed)), own
 
 
 class Decoder(nn.Module):
-    """`config.depth` layers and a last norm; with `vocab_size`, an embedding of tokens.
-
-    `checkpoint_activations`: layers are computed again in the backward pass instead of kept.
-    """
+    """`config.depth` layers and a last norm; with `vocab_size`, an embedding of tokens."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False
         if config.vocab_size:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
             nn.init.normal_(self.embed_tokens.weight, std=config.width**-0.5)
@@ -207,21 +197,19 @@ class Decoder(nn.Module):
         *,
         prefix: Sequence[PrefixKV] | None = None,
         condition: Tensor | None = None,
-        causal: bool = False,
     ) -> tuple[Tensor, tuple[PrefixKV, ...]]:
         """`x [N, L, width]` -> normed hidden states [N, L, width], and the keys and values of each layer.
 
-        `positions`: int64 [N, L]. `mask`: bool [N, L, T + L], prefix first, True where a query may look; None: all, or
-        with `causal` (and no prefix) all before it. `prefix`: one for each layer, never changed. `condition`:
-        [N, condition_width] of adaptive norms.
+        `positions`: int64 [N, L]. `mask`: bool [N, L, T + L], prefix first, True where a query may look (None: all).
+        `prefix`: one for each layer, never changed. `condition`: [N, condition_width] of adaptive norms.
         """
-        x, kept = self._run(x, positions, mask, prefix, condition, causal, kv_only=False)
+        x, kept = self._run(x, positions, mask, prefix, condition, kv_only=False)
         return _apply(self.norm, x, condition)[0], kept
 
     def prefill(self, x: Tensor, positions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, tuple[PrefixKV, ...]]:
         """Keys and values of each layer, after the hidden states [N, L, width] that enter the last one (not normed):
         its attention and feed-forward, which no other layer would read, are not computed and get no gradient."""
-        return self._run(x, positions, mask, None, None, False, kv_only=True)
+        return self._run(x, positions, mask, None, None, kv_only=True)
 
     def freeze_unread(self) -> None:
         """Where `prefill` alone is used, these never get a gradient, and whoever waits for one would wait for ever."""
@@ -237,7 +225,6 @@ class Decoder(nn.Module):
         mask: Tensor | None,
         prefix: Sequence[PrefixKV] | None,
         condition: Tensor | None,
-        causal: bool,
         kv_only: bool,
     ) -> tuple[Tensor, tuple[PrefixKV, ...]]:
         config = self.config
@@ -251,13 +238,7 @@ class Decoder(nn.Module):
             layer = cast(DecoderLayer, module)
             seen = None if prefix is None else prefix[i]
             last = kv_only and i + 1 == config.depth
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x, kv = cast(
-                    tuple[Tensor, PrefixKV | None],
-                    checkpoint(layer, x, turns, mask, seen, condition, causal, last, use_reentrant=False),
-                )
-            else:
-                x, kv = layer(x, turns, mask, seen, condition, causal, last)
+            x, kv = layer(x, turns, mask, seen, condition, last)
             if kv is not None:
                 kept.append(kv)
         return x, tuple(kept)
@@ -277,6 +258,12 @@ def _add(x: Tensor, gate: Tensor | None, branch: Tensor) -> Tensor:
     return x + branch if gate is None else torch.addcmul(x, gate, branch)
 
 
+def append_kv(prefix: PrefixKV, own: PrefixKV) -> PrefixKV:
+    """Both, along the tokens, in the dtype of `own`."""
+    keys, values = (torch.cat([a.to(b.dtype), b], dim=2) for a, b in zip(prefix, own, strict=True))
+    return PrefixKV(keys, values)
+
+
 def block_mask(counts: Tensor, starts_block: Tensor) -> Tensor:
     """bool [N, L, L]: a token looks at those of its own block and of blocks before it that count.
 
@@ -292,4 +279,4 @@ def positions_of(counts: Tensor) -> Tensor:
     return (counts.long().cumsum(dim=1) - 1).clamp_min(0)
 
 
-__all__ = ["Decoder", "DecoderConfig", "DecoderLayer", "block_mask", "positions_of", "rotate", "rotation"]
+__all__ = ["Decoder", "DecoderConfig", "DecoderLayer", "append_kv", "block_mask", "positions_of", "rotate", "rotation"]

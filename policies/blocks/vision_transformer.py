@@ -13,7 +13,6 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,13 @@ class VisionTransformerConfig:
 
 
 class VisionNorm(nn.LayerNorm):
-    """LayerNorm in the precision of its own weights, which may be higher than that of `x`."""
+    """LayerNorm in the precision of its own weights, which may be higher than that of `input`."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
 
 
 class VisionAttention(nn.Module):
@@ -120,7 +119,6 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
         self.position_embedding = nn.Parameter(0.02 * torch.randn(config.num_patches, config.width))
         num_extra = config.num_registers + int(config.class_token)
@@ -141,10 +139,7 @@ class VisionTransformer(nn.Module):
             x = torch.cat([self.extra_tokens.expand(len(x), -1, -1), x], dim=1)
         x = x.to(cast(VisionLayer, self.layers[0]).mlp.fc1.weight.dtype)
         for layer in cast(Iterable[VisionLayer], self.layers):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = cast(Tensor, checkpoint(layer, x, sentence, use_reentrant=False))
-            else:
-                x = layer(x, sentence)
+            x = layer(x, sentence)
         x = x[:, self.num_extra :]
         return self.post_layernorm(x) if self.config.final_norm else x
 

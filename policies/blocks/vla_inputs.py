@@ -78,7 +78,8 @@ class VLAInputs(nn.Module):
         super().__init__()
         if action_dim > chunk_dim:
             raise ValueError(f"the environment has {action_dim} action dimensions, the model at most {chunk_dim}")
-        self.cameras, self.image_size, self.padding, self.prompt = cameras, image_size, padding, prompt
+        self.cameras, self.image_size, self.prompt = cameras, image_size, prompt
+        self.padding: Padding = padding
         self.state_dim, self.action_dim, self.chunk_dim = state_dim, action_dim, chunk_dim
         self.tokenizer = Tokenizer(tokenizer)
         self.state_normalizer = NormalizerBuffers(state_dim)

@@ -66,9 +66,6 @@ def test_equals_transformers_with_ragged_rows(config):
         hidden, kept = ours(ours.embed(tokens), positions_of(counts), causal)
         difference = (hidden - expected)[counts].abs().max()
         assert difference < 1e-5, difference
-        # a sequence without padding needs no mask
-        plain, _ = ours(ours.embed(tokens), torch.arange(9)[None], causal=True)
-    assert (plain - hidden)[0].abs().max() < 1e-5
     assert len(kept) == config.depth
     assert kept[0].keys.shape == (3, config.num_kv_heads, 9, config.head_dim)
 
@@ -108,21 +105,6 @@ def test_what_prefill_does_not_read_is_what_gets_frozen():
     assert unread == {name for name, p in decoder.named_parameters() if not p.requires_grad}
     assert "norm.weight" in unread
     assert len(unread) == 7
-
-
-def test_layers_computed_again_give_the_same_gradients():
-    torch.manual_seed(3)
-    decoder = Decoder(dataclasses.replace(GEMMA, condition_width=6))
-    for name, p in decoder.named_parameters():
-        if "dense" in name:
-            torch.nn.init.normal_(p, std=0.3)
-    x, condition, gradients = torch.randn(2, 4, 32), torch.randn(2, 6), []
-    for again in (False, True):
-        decoder.checkpoint_activations = again
-        decoder.zero_grad()
-        decoder(x, torch.arange(4)[None], condition=condition)[0].square().sum().backward()
-        gradients.append([p.grad.clone() for p in decoder.layers.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_adaptive_norms_scale_shift_and_gate():
