@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vla_rl.policies.blocks.images import Padding
+from vla_rl.policies.blocks.prefix_cache import pooled_features
 from vla_rl.policies.blocks.tokenizer import FILES, Tokenizer, TokenizerConfig
 from vla_rl.policies.blocks.transformer import RMSNorm
 from vla_rl.policies.blocks.vla_inputs import PromptConfig
@@ -126,9 +128,7 @@ class HFBackbone(nn.Module):
         hidden, mask = self.hidden(inputs, image_tokens)
         dtype = self.project.weight.dtype
         tokens = self.norm(self.project(hidden.to(dtype))).float()
-        weight = mask.unsqueeze(-1).float()
-        mean = (tokens * weight).sum(dim=1) / weight.sum(dim=1)
-        return Prefix(tokens, mask, torch.cat([mean, inputs.state], dim=1))
+        return Prefix(tokens, mask, pooled_features(tokens, mask, inputs.state))
 
     def hidden(self, inputs: PolicyInputs, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Last hidden states [N, L, width], and which of them count, bool [N, L]."""
@@ -138,14 +138,19 @@ class HFBackbone(nn.Module):
         mask = torch.cat([mask, mask.new_ones(n, 1)], dim=1)
         words = self.vlm.get_input_embeddings()(torch.cat([pictures, inputs.tokens], dim=1))
         state = self.state_in(inputs.state.to(self.state_in.weight.dtype)).unsqueeze(1).to(words.dtype)
-        options = {}
+        sequence, seen = torch.cat([words, state], dim=1), image_tokens.to(words.dtype)
+        options: dict[str, Any] = {}
+        if self._pictures == "list":  # these models would put them into the precision of their vision tower
+            places = functional.pad(pictures == self.vlm.config.image_token_id, (0, inputs.tokens.shape[1] + 1))
+            sequence = sequence.masked_scatter(places.unsqueeze(-1), seen)
+        elif self.num_cameras:
+            options["mm_encoder_outputs"] = {"image": self._as_found(seen)}
         if self.vlm.config.model_type == "paligemma":
             options["token_type_ids"] = torch.zeros_like(mask, dtype=torch.int64)  # all attend to all
         output = self.vlm(
-            inputs_embeds=torch.cat([words, state], dim=1),
+            inputs_embeds=sequence,
             attention_mask=mask.long(),
             position_ids=self._positions(mask, pictures.shape[1]),
-            mm_encoder_outputs={"image": self._as_found(image_tokens.to(words.dtype))} if self.num_cameras else None,
             use_cache=False,
             **options,
         )
