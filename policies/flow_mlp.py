@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vla_rl.core import ActionChunk, Observation
 from vla_rl.data.normalization import Normalizer
 from vla_rl.flow.sampling import ode
-from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig, flow_matching_loss
+from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig, prefix_flow_loss
 from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
 from vla_rl.policies.blocks.sizes import require_sizes
 from vla_rl.policies.blocks.state_only import state_inputs, state_prefix
@@ -116,9 +116,4 @@ class FlowMLP(nn.Module):
 
     def prefix_loss(self, prefix: Prefix, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """`supervised_loss` of what is encoded already."""
-        draws = self.config.flow_matching.num_draws
-        if draws > 1:
-            prefix = prefix.select(torch.arange(len(prefix), device=actions.device).repeat(draws))
-        return flow_matching_loss(
-            lambda x_t, t: self.velocity(prefix, x_t, t).velocity, actions, mask, self.config.flow_matching, generator
-        )
+        return prefix_flow_loss(self.velocity, prefix, actions, mask, self.config.flow_matching, generator)

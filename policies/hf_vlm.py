@@ -18,10 +18,12 @@ from torch.nn import functional
 from vla_rl.core import ActionChunk, Observation
 from vla_rl.data.normalization import Normalizer
 from vla_rl.flow.sampling import ode
-from vla_rl.policies.blocks.decoder import Decoder, DecoderConfig
+from vla_rl.policies.blocks.action_tokens import token_loss
+from vla_rl.policies.blocks.decoder import Decoder, DecoderConfig, append_kv
 from vla_rl.policies.blocks.expert import ActionExpert, ActionExpertConfig
-from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig, flow_matching_loss, masked_mean
-from vla_rl.policies.blocks.prefix_cache import repeat_prefix
+from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig, masked_mean, prefix_flow_loss
+from vla_rl.policies.blocks.freezing import is_frozen
+from vla_rl.policies.blocks.prefix_cache import suffix_mask
 from vla_rl.policies.blocks.sizes import require_sizes
 from vla_rl.policies.blocks.vla_inputs import VLAInputs
 from vla_rl.policies.hf_backbone import HFBackbone, HFBackboneConfig, backbone_of_folder
@@ -106,12 +108,8 @@ class HFEncoder(nn.Module):
         theirs = {id(p) for p in language.parameters()}
         return not any(p.requires_grad for p in self.backbone.vlm.parameters() if id(p) not in theirs)
 
-    @property
-    def is_frozen(self) -> bool:
-        return not any(p.requires_grad for p in self.parameters())
-
     def with_image_tokens(self, inputs: PolicyInputs) -> PolicyInputs:
-        return PolicyInputs({}, inputs.tokens, inputs.state, self._image_tokens(inputs))
+        return replace(inputs, images={}, image_tokens=self._image_tokens(inputs))
 
     def forward(self, inputs: PolicyInputs) -> Prefix:
         return self.backbone(inputs, self._image_tokens(inputs))
@@ -123,7 +121,7 @@ class HFEncoder(nn.Module):
 
 
 class HFFlowPolicy(nn.Module):
-    """Implements `FlowPolicy`, `HasVisionTokens` and `HasSupervisedLoss` of `vla_rl.protocols`."""
+    """Implements `FlowPolicy`, `HasVisionTokens`, `HasSupervisedLoss` and `LearnsFromPrefix` of `vla_rl.protocols`."""
 
     def __init__(self, config: HFFlowConfig) -> None:
         super().__init__()
@@ -163,7 +161,7 @@ class HFFlowPolicy(nn.Module):
 
     @property
     def encoder_is_frozen(self) -> bool:
-        return self.encoder.is_frozen
+        return is_frozen(self.encoder)
 
     def freeze_encoder(self) -> None:
         """From now on the head alone is trained."""
@@ -202,14 +200,7 @@ class HFFlowPolicy(nn.Module):
 
     def prefix_loss(self, prefix: Prefix, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """`supervised_loss` of what is encoded already."""
-        repeated = repeat_prefix(prefix, self.config.flow_matching.num_draws)
-        return flow_matching_loss(
-            lambda x_t, flow_time: self.velocity(repeated, x_t, flow_time).velocity,
-            actions,
-            mask,
-            self.config.flow_matching,
-            generator,
-        )
+        return prefix_flow_loss(self.velocity, prefix, actions, mask, self.config.flow_matching, generator)
 
 
 class TokenHead(nn.Module):
@@ -251,10 +242,7 @@ class TokenHead(nn.Module):
         for i in range(self.num_tokens):
             now = x[:, i : i + 1] if i == 0 else x[:, i : i + 1] + self.embed_bins(drawn[-1])[:, None]
             logits, own = self._decode(prefix, now, kept, i)
-            kept = [
-                PrefixKV(torch.cat([a.keys, b.keys], dim=2), torch.cat([a.values, b.values], dim=2))
-                for a, b in zip(kept, own, strict=True)
-            ]
+            kept = [append_kv(old, new) for old, new in zip(kept, own, strict=True)]
             drawn.append(draw(logits[:, 0], i))
         return torch.stack(drawn, dim=1)
 
@@ -272,16 +260,16 @@ class TokenHead(nn.Module):
         """Logits of tokens `first`, `first + 1`, ..., and their keys and values; `kept`: of what came before them."""
         n, length = x.shape[:2]
         positions = torch.arange(first, first + length, device=x.device)
-        among = torch.ones(n, length, first + length, dtype=torch.bool, device=x.device)
+        among = torch.ones(length, first + length, dtype=torch.bool, device=x.device)
         if self.config.decoding == "autoregressive":
             among = among.tril(diagonal=first)
-        mask = torch.cat([prefix.mask[:, None].expand(-1, length, -1), among], dim=2)
+        mask = suffix_mask(prefix.mask, among)
         hidden, own = self.decoder(x, positions.expand(n, -1), mask, prefix=kept)
         return self.logits_out(hidden).float(), own
 
 
 class HFTokenPolicy(nn.Module):
-    """Implements `TokenPolicy`, `HasVisionTokens` and `HasSupervisedLoss` of `vla_rl.protocols`."""
+    """Implements `TokenPolicy`, `HasVisionTokens`, `HasSupervisedLoss` and `LearnsFromPrefix` of `vla_rl.protocols`."""
 
     def __init__(self, config: HFTokenConfig) -> None:
         super().__init__()
@@ -322,7 +310,7 @@ class HFTokenPolicy(nn.Module):
 
     @property
     def encoder_is_frozen(self) -> bool:
-        return self.encoder.is_frozen
+        return is_frozen(self.encoder)
 
     def freeze_encoder(self) -> None:
         """From now on the head alone is trained."""
@@ -376,8 +364,7 @@ class HFTokenPolicy(nn.Module):
         del generator  # nothing is drawn; the argument belongs to the protocol
         bins = self.bins_of_actions(torch.where(mask.unsqueeze(-1), actions, 0.0))
         logits = self.token_logits(prefix, bins)
-        entropy = functional.cross_entropy(logits.flatten(0, 1), bins.flatten(), reduction="none")
-        return masked_mean(entropy.view_as(actions), mask)
+        return masked_mean(token_loss(logits, bins.view(actions.shape)), mask)
 
 
 def _fill(encoder: HFEncoder, weights: dict[str, Tensor], tokenizer: Tensor | None) -> None:

@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from vla_rl.core import ActionChunk, Observation
 from vla_rl.data.normalization import Normalizer
 from vla_rl.policies.blocks.action_tokens import NUM_BINS, actions_of_bins, bins_of_actions, pick_bins, token_loss
-from vla_rl.policies.blocks.decoder import DecoderLayer, block_mask, positions_of
+from vla_rl.policies.blocks.decoder import DecoderLayer, append_kv, block_mask, positions_of
 from vla_rl.policies.blocks.flow_matching import masked_mean
+from vla_rl.policies.blocks.freezing import freeze, is_frozen
+from vla_rl.policies.blocks.prefix_cache import make_prefix, suffix_mask, suffix_positions
 from vla_rl.policies.blocks.prismatic import (
     Prismatic,
     PrismaticConfig,
     PrismaticInputsConfig,
     build_inputs,
-    crop_inputs,
     inputs_7b,
-    is_frozen,
-    pooled_features,
     prismatic_7b,
 )
 from vla_rl.policies.blocks.sizes import require_sizes
@@ -63,7 +62,7 @@ def openvla_7b_size(tokenizer: TokenizerConfig | None = None) -> OpenVLAConfig:
 
 
 class OpenVLA(nn.Module):
-    """Implements `TokenPolicy`, `HasVisionTokens` and `HasSupervisedLoss` of `vla_rl.protocols`."""
+    """Implements `TokenPolicy`, `HasVisionTokens`, `HasSupervisedLoss` and `LearnsFromPrefix` of `vla_rl.protocols`."""
 
     num_bins = NUM_BINS
 
@@ -91,43 +90,41 @@ class OpenVLA(nn.Module):
 
     def preprocess(self, obs: Observation) -> PolicyInputs:
         """Raises ValueError where a camera is missing, the state has another size or a prompt is too long."""
-        return crop_inputs(self.inputs(obs), self.config.inputs.center_crop)
+        return self.inputs(obs)
 
     def normalize_actions(self, actions: Tensor) -> Tensor:
-        return self.config.inputs.gripper.to_model(self.inputs.normalize_actions(actions), self.action_dim - 1)
+        return self.inputs.normalize_actions(actions)
 
     def unnormalize_actions(self, actions: Tensor) -> Tensor:
         """Inverse of `normalize_actions`, but for a binary gripper."""
-        return self.inputs.unnormalize_actions(self.config.inputs.gripper.to_environment(actions, self.action_dim - 1))
+        return self.inputs.unnormalize_actions(actions)
 
     # ------------------------------------------------------------------------------------------------- the encoder
     @property
     def vision_is_frozen(self) -> bool:
-        return is_frozen((self.vlm.vision, self.vlm.projector))
+        return is_frozen(self.vlm.vision, self.vlm.projector)
 
     @property
     def encoder_is_frozen(self) -> bool:
-        return is_frozen(self._encoder())
+        return is_frozen(*self._encoder())
 
     def freeze_encoder(self) -> None:
         """All that the prefix depends on, which leaves the last layer's queries, output and feed-forward, the last norm
         and the head."""
-        for module in self._encoder():
-            module.requires_grad_(False)
+        freeze(*self._encoder())
 
     def with_image_tokens(self, inputs: PolicyInputs) -> PolicyInputs:
         return replace(inputs, images={}, image_tokens=self._image_tokens(inputs))
 
     def encode(self, inputs: PolicyInputs) -> Prefix:
         """Keys and values of first token, pictures and prompt; the prompt's last token, which decoding starts from, is
-        masked out. `pooled`: mean of the hidden states that enter the last layer, and the state."""
+        masked out. `pooled`: see `make_prefix`, of the hidden states that enter the last layer."""
         x, counts = self.vlm.embed(inputs.tokens, self._image_tokens(inputs))
         index = torch.arange(x.shape[1], device=x.device)
         mask = counts & (index != counts.sum(dim=1, keepdim=True) - 1)
         causal = block_mask(mask, torch.ones(x.shape[1], dtype=torch.bool, device=x.device))
         hidden, layers = self.vlm.decoder.prefill(x, positions_of(mask), causal)
-        tokens = torch.empty(*mask.shape, 0, device=x.device)
-        return Prefix(tokens, mask, pooled_features(hidden, mask, inputs.state), layers)
+        return make_prefix(hidden, layers, mask, inputs.state)
 
     # ---------------------------------------------------------------------------------------------------- decoding
     def sample_tokens(self, prefix: Prefix, draw: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -139,7 +136,7 @@ class OpenVLA(nn.Module):
             bins = draw(self.vlm.action_logits(hidden[:, -1]), position)
             drawn.append(bins)
             token = self.vlm.action_ids(bins)[:, None]
-            layers = tuple(_append(old, new) for old, new in zip(layers, own, strict=True))
+            layers = tuple(append_kv(old, new) for old, new in zip(layers, own, strict=True))
         return torch.stack(drawn, dim=1)
 
     def token_logits(self, prefix: Prefix, bins: Tensor) -> Tensor:
@@ -174,8 +171,8 @@ class OpenVLA(nn.Module):
     def prefix_loss(self, prefix: Prefix, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """`supervised_loss` of what is encoded already."""
         del generator  # nothing is drawn; the argument belongs to the protocol
-        logits = self.token_logits(prefix, bins_of_actions(actions).flatten(1))
-        return masked_mean(token_loss(logits, actions), mask)
+        bins = bins_of_actions(actions)
+        return masked_mean(token_loss(self.token_logits(prefix, bins.flatten(1)), bins), mask)
 
     # ------------------------------------------------------------------------------------------------------ details
     def _image_tokens(self, inputs: PolicyInputs) -> Tensor:
@@ -191,11 +188,10 @@ class OpenVLA(nn.Module):
     ) -> tuple[Tensor, tuple[PrefixKV, ...]]:
         """Hidden states of `tokens [N, L]`, the first of which stands `position` tokens after the prefix; `layers`:
         keys and values of the prefix and of those `position` tokens."""
-        length, device = tokens.shape[1], tokens.device
-        steps = position + torch.arange(length, device=device)
-        earlier = torch.arange(position + length, device=device) <= steps[:, None]
-        mask = torch.cat([prefix.mask[:, None].expand(-1, length, -1), earlier.expand(len(prefix), -1, -1)], dim=2)
-        positions = prefix.mask.sum(dim=1, keepdim=True) + steps
+        end = position + tokens.shape[1]
+        causal = torch.ones(end, end, dtype=torch.bool, device=tokens.device).tril()[position:]
+        positions = suffix_positions(prefix.mask, end)[:, position:]
+        mask = suffix_mask(prefix.mask, causal)
         return self.vlm.decoder(self.vlm.decoder.embed(tokens), positions, mask, prefix=layers)
 
     def _encoder(self) -> Iterable[nn.Module]:
@@ -205,11 +201,6 @@ class OpenVLA(nn.Module):
         yield from (self.vlm.vision, self.vlm.projector, decoder.embed_tokens)
         yield from list(decoder.layers)[:-1]
         yield from (last.input_layernorm, last.self_attn.k_proj, last.self_attn.v_proj)
-
-
-def _append(old: PrefixKV, new: PrefixKV) -> PrefixKV:
-    """Along the tokens; the dtype is that of the new ones, as in the decoder."""
-    return PrefixKV(*(torch.cat([a.to(b.dtype), b], dim=2) for a, b in zip(old, new, strict=True)))
 
 
 __all__ = ["OpenVLA", "OpenVLAConfig", "openvla_7b_size"]

@@ -19,18 +19,17 @@ from torch.nn import functional
 from vla_rl.core import ActionChunk, Observation
 from vla_rl.data.normalization import Normalizer
 from vla_rl.flow.sampler import laplace_of_normal
-from vla_rl.policies.blocks.action_tokens import NUM_BINS, actions_of_bins, pick_bins, token_loss
+from vla_rl.policies.blocks.action_tokens import NUM_BINS, actions_of_bins, bins_of_actions, pick_bins, token_loss
 from vla_rl.policies.blocks.decoder import positions_of
 from vla_rl.policies.blocks.flow_matching import masked_mean
+from vla_rl.policies.blocks.freezing import freeze, is_frozen
+from vla_rl.policies.blocks.prefix_cache import pooled_features
 from vla_rl.policies.blocks.prismatic import (
     Prismatic,
     PrismaticConfig,
     PrismaticInputsConfig,
     build_inputs,
-    crop_inputs,
     inputs_7b,
-    is_frozen,
-    pooled_features,
     prismatic_7b,
 )
 from vla_rl.policies.blocks.sizes import require_sizes
@@ -157,7 +156,6 @@ class ParallelBody(nn.Module):
         require_sizes(config)
         self.config = config.body
         self.cameras, self.num_slots = config.cameras, config.action_horizon * config.chunk_dim
-        self.gripper_index = config.action_dim - 1
         width = config.body.vlm.decoder.width
         self.feature_dim = width + config.state_dim
         self.inputs = build_inputs(
@@ -172,20 +170,11 @@ class ParallelBody(nn.Module):
         if config.body.proprio:
             self.proprio_projector = ProprioProjector(config.state_dim, width)
 
-    def preprocess(self, obs: Observation) -> PolicyInputs:
-        return crop_inputs(self.inputs(obs), self.config.inputs.center_crop)
-
-    def normalize_actions(self, actions: Tensor) -> Tensor:
-        return self.config.inputs.gripper.to_model(self.inputs.normalize_actions(actions), self.gripper_index)
-
-    def unnormalize_actions(self, chunk: Tensor) -> Tensor:
-        return self.inputs.unnormalize_actions(self.config.inputs.gripper.to_environment(chunk, self.gripper_index))
-
     @property
     def vision_is_frozen(self) -> bool:
         """With FiLM, the sentence's embedding is part of what makes image tokens."""
         words = (self.vlm.decoder.embed_tokens,) if self.config.vlm.film else ()
-        return is_frozen((self.vlm.vision, self.vlm.projector, *words))
+        return is_frozen(self.vlm.vision, self.vlm.projector, *words)
 
     def encoder(self) -> list[nn.Module]:
         """What `encode` reads."""
@@ -228,7 +217,7 @@ def initial_std_logit(config: OpenVLAOFTConfig) -> Tensor:
 
 
 class OpenVLAOFT(nn.Module):
-    """Implements `GaussianPolicy`, `HasVisionTokens` and `HasSupervisedLoss` of `vla_rl.protocols`.
+    """Implements `GaussianPolicy`, `HasVisionTokens`, `HasSupervisedLoss` and `LearnsFromPrefix` of `vla_rl.protocols`.
 
     The standard deviation [H, D] does not depend on the state; its logarithm moves within the bounds along a sigmoid.
     """
@@ -254,18 +243,18 @@ class OpenVLAOFT(nn.Module):
 
     def set_normalization(self, state: Normalizer, action: Normalizer) -> None:
         """Normalisers of the state [S] and of one control step's action [A]."""
-        self.body.inputs.set_normalization(state, action)
+        self.inputs.set_normalization(state, action)
 
     def preprocess(self, obs: Observation) -> PolicyInputs:
         """Raises ValueError where a camera is missing, the state has another size or a prompt is too long."""
-        return self.body.preprocess(obs)
+        return self.inputs(obs)
 
     def normalize_actions(self, actions: Tensor) -> Tensor:
-        return self.body.normalize_actions(actions)
+        return self.inputs.normalize_actions(actions)
 
     def unnormalize_actions(self, actions: Tensor) -> Tensor:
         """Inverse of `normalize_actions`, but for a binary gripper."""
-        return self.body.unnormalize_actions(actions)
+        return self.inputs.unnormalize_actions(actions)
 
     @property
     def vision_is_frozen(self) -> bool:
@@ -273,11 +262,10 @@ class OpenVLAOFT(nn.Module):
 
     @property
     def encoder_is_frozen(self) -> bool:
-        return is_frozen(self.body.encoder())
+        return is_frozen(*self.body.encoder())
 
     def freeze_encoder(self) -> None:
-        for module in self.body.encoder():
-            module.requires_grad_(False)
+        freeze(*self.body.encoder())
 
     def with_image_tokens(self, inputs: PolicyInputs) -> PolicyInputs:
         return replace(inputs, images={}, image_tokens=self.body.image_tokens(inputs))
@@ -319,7 +307,7 @@ class OpenVLAOFT(nn.Module):
 
 
 class OpenVLAOFTTokens(nn.Module):
-    """Implements `TokenPolicy`, `HasVisionTokens` and `HasSupervisedLoss` of `vla_rl.protocols`."""
+    """Implements `TokenPolicy`, `HasVisionTokens`, `HasSupervisedLoss` and `LearnsFromPrefix` of `vla_rl.protocols`."""
 
     num_bins, decodes_in_parallel = NUM_BINS, True
 
@@ -340,18 +328,18 @@ class OpenVLAOFTTokens(nn.Module):
 
     def set_normalization(self, state: Normalizer, action: Normalizer) -> None:
         """Normalisers of the state [S] and of one control step's action [A]."""
-        self.body.inputs.set_normalization(state, action)
+        self.inputs.set_normalization(state, action)
 
     def preprocess(self, obs: Observation) -> PolicyInputs:
         """Raises ValueError where a camera is missing, the state has another size or a prompt is too long."""
-        return self.body.preprocess(obs)
+        return self.inputs(obs)
 
     def normalize_actions(self, actions: Tensor) -> Tensor:
-        return self.body.normalize_actions(actions)
+        return self.inputs.normalize_actions(actions)
 
     def unnormalize_actions(self, actions: Tensor) -> Tensor:
         """Inverse of `normalize_actions`, but for a binary gripper."""
-        return self.body.unnormalize_actions(actions)
+        return self.inputs.unnormalize_actions(actions)
 
     @property
     def vision_is_frozen(self) -> bool:
@@ -359,11 +347,10 @@ class OpenVLAOFTTokens(nn.Module):
 
     @property
     def encoder_is_frozen(self) -> bool:
-        return is_frozen(self.body.encoder())
+        return is_frozen(*self.body.encoder())
 
     def freeze_encoder(self) -> None:
-        for module in self.body.encoder():
-            module.requires_grad_(False)
+        freeze(*self.body.encoder())
 
     def with_image_tokens(self, inputs: PolicyInputs) -> PolicyInputs:
         return replace(inputs, images={}, image_tokens=self.body.image_tokens(inputs))
@@ -405,7 +392,7 @@ class OpenVLAOFTTokens(nn.Module):
     def prefix_loss(self, prefix: Prefix, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """`supervised_loss` of what is encoded already."""
         del generator  # nothing is drawn; the argument belongs to the protocol
-        return masked_mean(token_loss(self._logits(prefix), actions), mask)
+        return masked_mean(token_loss(self._logits(prefix), bins_of_actions(actions)), mask)
 
     def _logits(self, prefix: Prefix) -> Tensor:
         return self.body.vlm.action_logits(self.body.slots(prefix))

@@ -7,8 +7,7 @@ decision (`encode`). The expert's tokens are the noisy actions, each looking at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,10 @@ from vla_rl.core import ActionChunk, Observation
 from vla_rl.data.normalization import Normalizer
 from vla_rl.flow.sampling import ode
 from vla_rl.policies.blocks.decoder import Decoder, DecoderConfig, block_mask, positions_of
-from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig, flow_matching_loss
+from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig, prefix_flow_loss
+from vla_rl.policies.blocks.freezing import freeze, is_frozen
 from vla_rl.policies.blocks.images import Padding, to_unit_range
-from vla_rl.policies.blocks.prefix_cache import make_prefix, project, repeat_prefix, suffix_mask, suffix_positions
+from vla_rl.policies.blocks.prefix_cache import make_prefix, project, suffix_mask, suffix_positions
 from vla_rl.policies.blocks.sizes import require_sizes
 from vla_rl.policies.blocks.time_embedding import time_embedding
 from vla_rl.policies.blocks.tokenizer import TokenizerConfig
@@ -131,7 +131,7 @@ def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
 
 
 class SmolVLA(nn.Module):
-    """Implements `FlowPolicy`, `HasVisionTokens` and `HasSupervisedLoss` of `vla_rl.protocols`.
+    """Implements `FlowPolicy`, `HasVisionTokens`, `HasSupervisedLoss` and `LearnsFromPrefix` of `vla_rl.protocols`.
 
     The language model's last attention and feed-forward, and its last norm, are part of public checkpoints but of no
     result: they are not trained.
@@ -182,21 +182,20 @@ class SmolVLA(nn.Module):
     @property
     def vision_is_frozen(self) -> bool:
         """True where neither the vision tower nor the connector can change."""
-        return not any(p.requires_grad for m in (self.vision, self.connector) for p in m.parameters())
+        return is_frozen(self.vision, self.connector)
 
     @property
     def encoder_is_frozen(self) -> bool:
         """True where nothing that `encode` reads can change: the projection of the state is part of it."""
-        return not any(p.requires_grad for p in self._encoder_parameters())
+        return is_frozen(*self._encoder())
 
     def freeze_encoder(self) -> None:
         """From now on the expert alone is trained."""
-        for parameter in self._encoder_parameters():
-            parameter.requires_grad_(False)
+        freeze(*self._encoder())
 
-    def _encoder_parameters(self) -> Iterator[nn.Parameter]:
-        for module in (self.vision, self.connector, self.language_model, self.state_proj):
-            yield from module.parameters()
+    def _encoder(self) -> tuple[nn.Module, ...]:
+        """What `encode` reads."""
+        return self.vision, self.connector, self.language_model, self.state_proj
 
     def preprocess(self, obs: Observation) -> PolicyInputs:
         """Raises ValueError where a camera is missing, the state has another size or a prompt is too long."""
@@ -204,7 +203,7 @@ class SmolVLA(nn.Module):
 
     def with_image_tokens(self, inputs: PolicyInputs) -> PolicyInputs:
         """`inputs` with image tokens [N, cameras * tokens, language width] instead of pictures."""
-        return PolicyInputs({}, inputs.tokens, inputs.state, self._image_tokens(inputs))
+        return replace(inputs, images={}, image_tokens=self._image_tokens(inputs))
 
     def _image_tokens(self, inputs: PolicyInputs) -> Tensor:
         if inputs.image_tokens is not None:
@@ -272,14 +271,9 @@ class SmolVLA(nn.Module):
 
     def prefix_loss(self, prefix: Prefix, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """`supervised_loss` of what is encoded already."""
-        repeated = repeat_prefix(prefix, self.config.flow_matching.num_draws)
-        return flow_matching_loss(
-            lambda x_t, flow_time: self.velocity(repeated, x_t, flow_time).velocity,
-            actions,
-            mask,
-            self.config.flow_matching,
-            generator,
-            num_scored=self.noise_dim if self.config.loss_on_padding else self.action_dim,
+        config, scored = self.config, self.noise_dim if self.config.loss_on_padding else self.action_dim
+        return prefix_flow_loss(
+            self.velocity, prefix, actions, mask, config.flow_matching, generator, num_scored=scored
         )
 
 

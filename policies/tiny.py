@@ -16,7 +16,7 @@ from vla_rl.core import ActionChunk, Observation
 from vla_rl.data.normalization import Normalizer
 from vla_rl.flow.sampling import ode
 from vla_rl.policies.blocks.expert import ActionExpert, ActionExpertConfig
-from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig, flow_matching_loss
+from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig, prefix_flow_loss
 from vla_rl.policies.blocks.heads import mlp
 from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
 from vla_rl.policies.blocks.sizes import require_sizes
@@ -97,7 +97,9 @@ class TinyEncoder(nn.Module):
 
 
 class TinyVLA(nn.Module):
-    """Implements `FlowPolicy` and `HasSupervisedLoss` of `vla_rl.protocols`. Uses no privileged information.
+    """Implements `FlowPolicy`, `HasSupervisedLoss` and `LearnsFromPrefix` of `vla_rl.protocols`.
+
+    Uses no privileged information.
 
     Normalisation starts as the identity; `set_normalization` takes it from the demonstrations.
     """
@@ -197,17 +199,7 @@ class TinyVLA(nn.Module):
 
     def prefix_loss(self, prefix: Prefix, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """`supervised_loss` of what is encoded already."""
-        draws = self.config.flow_matching.num_draws
-        repeated = Prefix(
-            prefix.tokens.repeat(draws, 1, 1), prefix.mask.repeat(draws, 1), prefix.pooled.repeat(draws, 1)
-        )
-        return flow_matching_loss(
-            lambda x_t, flow_time: self.expert(repeated, x_t, flow_time).velocity,
-            actions,
-            mask,
-            self.config.flow_matching,
-            generator,
-        )
+        return prefix_flow_loss(self.velocity, prefix, actions, mask, self.config.flow_matching, generator)
 
 
 def resize_images(images: Tensor, size: int) -> Tensor:

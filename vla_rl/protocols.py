@@ -209,6 +209,10 @@ class Prefix:
     def detach(self) -> Prefix:
         return self._map(Tensor.detach)
 
+    def repeat(self, times: int) -> Prefix:
+        """[times * N]: row `d * N + i` is row i."""
+        return self if times == 1 else self._map(lambda x: x.repeat(times, *(1,) * (x.dim() - 1)))
+
     @staticmethod
     def concatenate(parts: Sequence[Prefix]) -> Prefix:
         layers = zip(*(p.layers for p in parts), strict=True)

@@ -39,10 +39,9 @@ def pick_bins(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
     return bins_of_noise(logits.float() / temperature, noise)
 
 
-def token_loss(logits: Tensor, actions: Tensor) -> Tensor:
-    """Cross entropy [N, H, D] of `logits [N, H * D, V]` for normalised `actions [N, H, D]`."""
-    target = bins_of_actions(actions)
-    return functional.cross_entropy(logits.transpose(1, 2), target.flatten(1), reduction="none").view_as(target)
+def token_loss(logits: Tensor, bins: Tensor) -> Tensor:
+    """Cross entropy [N, H, D] of `logits [N, H * D, V]` for `bins` int64 [N, H, D]."""
+    return functional.cross_entropy(logits.transpose(1, 2), bins.flatten(1), reduction="none").view_as(bins)
 
 
 __all__ = ["NUM_BINS", "actions_of_bins", "bins_of_actions", "pick_bins", "token_loss"]

@@ -9,6 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vla_rl.flow.noise import rows_to_draw
+from vla_rl.protocols import Prefix, VelocityOutput
+
 VelocityFunction = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -78,10 +81,34 @@ def flow_matching_loss(
     `num_scored`: the loss covers the first so many dimensions (None: all).
     """
     n, draws = actions.shape[0], config.num_draws
-    flow_time = draw_flow_time(draws * n, config, generator).to(actions.device)
-    noise = torch.randn(draws * n, *actions.shape[1:], generator=generator, device=generator.device).to(actions.device)
+    drawn, rows = rows_to_draw(n, generator)
+    flow_time = draw_flow_time(draws * drawn, config, generator).view(draws, drawn)[:, rows].flatten()
+    noise = torch.randn(draws, drawn, *actions.shape[1:], generator=generator, device=generator.device)
+    flow_time, noise = flow_time.to(actions.device), noise[:, rows].flatten(0, 1).to(actions.device)
     actions = hold_last(actions, mask).repeat(draws, 1, 1)
     t = flow_time[:, None, None]
     predicted = velocity(t * noise + (1.0 - t) * actions, flow_time)
     error = (predicted.float() - (noise - actions)).square()
     return masked_mean(error[..., :num_scored], mask.repeat(draws, 1)).view(draws, n).mean(dim=0)
+
+
+def prefix_flow_loss(
+    velocity: Callable[[Prefix, Tensor, Tensor], VelocityOutput],
+    prefix: Prefix,
+    actions: Tensor,
+    mask: Tensor,
+    config: FlowMatchingConfig,
+    generator: torch.Generator,
+    *,
+    num_scored: int | None = None,
+) -> Tensor:
+    """`flow_matching_loss` of a policy's `velocity`, whose prefix is encoded once for all draws."""
+    repeated = prefix.repeat(config.num_draws)
+    return flow_matching_loss(
+        lambda x_t, flow_time: velocity(repeated, x_t, flow_time).velocity,
+        actions,
+        mask,
+        config,
+        generator,
+        num_scored=num_scored,
+    )

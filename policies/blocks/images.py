@@ -52,6 +52,21 @@ def lanczos_weights(length: int, size: int) -> Tensor:
     return (weight / weight.sum(dim=1, keepdim=True)).float()
 
 
+def center_crop(images: Tensor, area: float) -> Tensor:
+    """uint8 [N, 3, h, w] -> the same shape: the share `area` of each picture around its centre, bilinear from corner to
+    corner of the box, as TensorFlow has it."""
+    if area == 1.0:
+        return images
+    side = area**0.5
+    box = torch.tensor([[side, 0.0, 0.0], [0.0, side, 0.0]], device=images.device).expand(len(images), 2, 3)
+    grid = functional.affine_grid(box, list(images.shape), align_corners=True)
+    cropped = functional.grid_sample(images.float(), grid, mode="bilinear", align_corners=True)
+    return (cropped * (255.5 / 255.0)).clamp(0, 255).to(torch.uint8)
+
+
 def to_unit_range(images: Tensor) -> Tensor:
     """uint8 -> float32 in [-1, 1]: `x / 127.5 - 1`."""
     return images.float() / 127.5 - 1.0
+
+
+__all__ = ["Padding", "center_crop", "lanczos_weights", "resize_lanczos", "resize_with_padding", "to_unit_range"]

@@ -20,7 +20,6 @@ from vla_rl.policies.blocks.images import Padding
 from vla_rl.policies.blocks.tokenizer import TokenizerConfig
 from vla_rl.policies.blocks.vision_transformer import VisionTransformer, VisionTransformerConfig
 from vla_rl.policies.blocks.vla_inputs import PromptConfig, VLAInputs
-from vla_rl.protocols import PolicyInputs
 
 _BYTES = 259  # ids of the tokenizer of bytes
 _TINY_TOWER = (32, 3, 64, 2, 56, 14)  # width, depth, mlp_width, num_heads, image_size, patch_size
@@ -214,34 +213,9 @@ def build_inputs(
         state_dim=state_dim,
         action_dim=action_dim,
         chunk_dim=chunk_dim,
+        crop_area=config.center_crop,
+        gripper=config.gripper,
     )
-
-
-def crop_inputs(inputs: PolicyInputs, area: float) -> PolicyInputs:
-    """Each picture's centre of `area` (share), at the size of the whole."""
-    if area == 1.0:
-        return inputs
-    return replace(inputs, images={camera: center_crop(x, area) for camera, x in inputs.images.items()})
-
-
-def center_crop(images: Tensor, area: float) -> Tensor:
-    """uint8 [N, 3, h, w] -> the same shape: bilinear from corner to corner of the box, as TensorFlow has it."""
-    side = area**0.5
-    box = torch.tensor([[side, 0.0, 0.0], [0.0, side, 0.0]], device=images.device).expand(len(images), 2, 3)
-    grid = functional.affine_grid(box, list(images.shape), align_corners=True)
-    cropped = functional.grid_sample(images.float(), grid, mode="bilinear", align_corners=True)
-    return (cropped * (255.5 / 255.0)).clamp(0, 255).to(torch.uint8)
-
-
-def pooled_features(x: Tensor, counts: Tensor, state: Tensor) -> Tensor:
-    """Features for critics, float32 [N, width + S]: mean over `x [N, T, width]` of what counts, and the state."""
-    weight = counts.unsqueeze(-1)
-    mean = torch.where(weight, x.float(), 0.0).sum(dim=1) / weight.sum(dim=1)
-    return torch.cat([mean, state], dim=1)
-
-
-def is_frozen(modules: Iterable[nn.Module]) -> bool:
-    return not any(p.requires_grad for module in modules for p in module.parameters())
 
 
 __all__ = [
@@ -251,10 +225,6 @@ __all__ = [
     "PrismaticConfig",
     "PrismaticInputsConfig",
     "build_inputs",
-    "center_crop",
-    "crop_inputs",
     "inputs_7b",
-    "is_frozen",
-    "pooled_features",
     "prismatic_7b",
 ]

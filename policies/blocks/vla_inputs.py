@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from vla_rl.core import Observation
 from vla_rl.data.normalization import Normalizer
-from vla_rl.policies.blocks.images import Padding, resize_with_padding
+from vla_rl.policies.blocks.gripper import GripperConfig
+from vla_rl.policies.blocks.images import Padding, center_crop, resize_with_padding
 from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
 from vla_rl.policies.blocks.tokenizer import Tokenizer, TokenizerConfig
 from vla_rl.protocols import PolicyInputs
@@ -60,7 +61,8 @@ def prompts(sentences: tuple[str, ...], state: Tensor, config: PromptConfig) -> 
 class VLAInputs(nn.Module):
     """Observation -> `PolicyInputs`; actions of the environment [N, H, A] <-> the policy's chunk [N, H, chunk_dim].
 
-    `cameras`: names in the observation, one for each picture that the networks take.
+    `cameras`: names in the observation, one for each picture that the networks take. `crop_area`: share of a picture
+    that is kept (`center_crop`). `gripper`: whose convention the environment's last action has.
     """
 
     def __init__(
@@ -74,6 +76,8 @@ class VLAInputs(nn.Module):
         state_dim: int,
         action_dim: int,
         chunk_dim: int,
+        crop_area: float = 1.0,
+        gripper: GripperConfig | None = None,
     ) -> None:
         super().__init__()
         if action_dim > chunk_dim:
@@ -81,6 +85,7 @@ class VLAInputs(nn.Module):
         self.cameras, self.image_size, self.prompt = cameras, image_size, prompt
         self.padding: Padding = padding
         self.state_dim, self.action_dim, self.chunk_dim = state_dim, action_dim, chunk_dim
+        self.crop_area, self.gripper = crop_area, gripper or GripperConfig()
         self.tokenizer = Tokenizer(tokenizer)
         self.state_normalizer = NormalizerBuffers(state_dim)
         self.action_normalizer = NormalizerBuffers(action_dim)
@@ -102,14 +107,21 @@ class VLAInputs(nn.Module):
             raise ValueError(f"the policy needs state [N, {self.state_dim}], got {tuple(obs.state.shape)}")
         device = self.state_normalizer.offset.device
         state = self.state_normalizer.normalize(obs.state.to(device))
-        images = {c: resize_with_padding(obs.images[c].to(device), self.image_size, self.padding) for c in self.cameras}
+        images = {camera: self._picture(obs.images[camera].to(device)) for camera in self.cameras}
         tokens = self.tokenizer(prompts(obs.instruction, state, self.prompt), end=self.prompt.end)
         return PolicyInputs(images, tokens.to(device), state)
 
+    def _picture(self, image: Tensor) -> Tensor:
+        return center_crop(resize_with_padding(image, self.image_size, self.padding), self.crop_area)
+
     def normalize_actions(self, actions: Tensor) -> Tensor:
-        return functional.pad(self.action_normalizer.normalize(actions), (0, self.chunk_dim - self.action_dim))
+        """[N, H, A] -> [N, H, chunk_dim]: normalised, then padded with zeros."""
+        chunk = functional.pad(self.action_normalizer.normalize(actions), (0, self.chunk_dim - self.action_dim))
+        return self.gripper.to_model(chunk, self.action_dim - 1)
 
     def unnormalize_actions(self, chunk: Tensor) -> Tensor:
+        """Inverse of `normalize_actions`, but for a binary gripper."""
+        chunk = self.gripper.to_environment(chunk, self.action_dim - 1)
         return self.action_normalizer.unnormalize(chunk[..., : self.action_dim])
 
 

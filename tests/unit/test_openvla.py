@@ -13,12 +13,11 @@ from vla_rl.core import ActionSpec, CameraSpec, EnvSpec, Observation
 from vla_rl.data.normalization import Normalizer
 from vla_rl.policies.blocks.action_tokens import actions_of_bins, bins_of_actions, pick_bins
 from vla_rl.policies.blocks.gripper import GripperConfig
-from vla_rl.policies.blocks.images import resize_with_padding
+from vla_rl.policies.blocks.images import center_crop, resize_with_padding
 from vla_rl.policies.blocks.prismatic import (
     Prismatic,
     PrismaticConfig,
     PrismaticInputsConfig,
-    center_crop,
     prismatic_7b,
 )
 from vla_rl.policies.blocks.vla_inputs import PromptConfig
