@@ -85,6 +85,25 @@ class RowNoise:
 NoiseSource = torch.Generator | RowNoise
 
 
+class ShareGenerator(torch.Generator):
+    """Of one of several learners that have a batch together: each goes through the numbers for all `num_rows` of it and
+    keeps those of its own `rows`, so a sample's numbers do not depend on how many learners there are."""
+
+    num_rows: int
+    rows: slice
+
+
+def rows_to_draw(num_rows: int, generator: torch.Generator) -> tuple[int, slice]:
+    """How many rows to draw for `num_rows` that are here, and which of them are theirs. Raises ValueError where these
+    are not the share that `generator` is for."""
+    if not isinstance(generator, ShareGenerator):
+        return num_rows, slice(None)
+    mine = generator.rows.stop - generator.rows.start
+    if num_rows != mine:
+        raise ValueError(f"a draw for {num_rows} rows, this learner's share of a batch has {mine}")
+    return generator.num_rows, generator.rows
+
+
 def draw_normal(
     shape: Sequence[int],
     source: NoiseSource,
@@ -115,4 +134,13 @@ def bins_of_noise(logits: Tensor, noise: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, level.unsqueeze(-1), right=True).squeeze(-1)
 
 
-__all__ = ["NoiseSource", "RowNoise", "bins_of_noise", "draw_integers", "draw_normal", "philox"]
+__all__ = [
+    "NoiseSource",
+    "RowNoise",
+    "ShareGenerator",
+    "bins_of_noise",
+    "draw_integers",
+    "draw_normal",
+    "philox",
+    "rows_to_draw",
+]

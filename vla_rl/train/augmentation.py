@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vla_rl.flow.noise import rows_to_draw
 from vla_rl.protocols import PolicyInputs
 
 
@@ -49,16 +50,18 @@ def augment(inputs: PolicyInputs, config: AugmentationConfig, generator: torch.G
             images[camera] = random_light(images[camera], config.brightness, config.contrast, generator)
     state = inputs.state
     if config.state_dropout:
-        keep = torch.rand(len(inputs), 1, generator=generator, device=generator.device) >= config.state_dropout
-        state = torch.where(keep.to(state.device), state, 0.0)
+        drawn, rows = rows_to_draw(len(inputs), generator)
+        keep = torch.rand(drawn, 1, generator=generator, device=generator.device) >= config.state_dropout
+        state = torch.where(keep[rows].to(state.device), state, 0.0)
     return replace(inputs, images=images, state=state)
 
 
 def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
     """`images [N, 3, h, w]`, each moved by whole pixels drawn from [-pixels, pixels] in x and y."""
     n, _, height, width = images.shape
-    offsets = torch.randint(-pixels, pixels + 1, (2, n, 1), generator=generator, device=generator.device)
-    offsets = offsets.to(images.device)
+    drawn, mine = rows_to_draw(n, generator)
+    offsets = torch.randint(-pixels, pixels + 1, (2, drawn, 1), generator=generator, device=generator.device)
+    offsets = offsets[:, mine].to(images.device)
     rows = (torch.arange(height, device=images.device) + offsets[0]).clamp(0, height - 1)
     columns = (torch.arange(width, device=images.device) + offsets[1]).clamp(0, width - 1)
     pixel = (rows[:, :, None] * width + columns[:, None, :]).view(n, 1, -1).expand(-1, 3, -1)
@@ -67,8 +70,9 @@ def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Ten
 
 def random_light(images: Tensor, brightness: float, contrast: float, generator: torch.Generator) -> Tensor:
     """`images [N, 3, h, w]` uint8: `(x - 127.5) * c + 127.5`, times b, with c and b drawn for each picture."""
-    n = images.shape[0]
-    draw = 2.0 * torch.rand(2, n, 1, 1, 1, generator=generator, device=generator.device).to(images.device) - 1.0
+    drawn, rows = rows_to_draw(len(images), generator)
+    uniform = torch.rand(2, drawn, 1, 1, 1, generator=generator, device=generator.device)
+    draw = 2.0 * uniform[:, rows].to(images.device) - 1.0
     factor_c, factor_b = 1.0 + contrast * draw[0], 1.0 + brightness * draw[1]
     changed = ((images.float() - 127.5) * factor_c + 127.5) * factor_b
     return changed.round().clamp(0, 255).to(torch.uint8)
