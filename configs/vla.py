@@ -92,7 +92,7 @@ def openvla_oft_tokens() -> Recipe:
 def openvla_oft() -> Recipe:
     """OpenVLA-OFT, tiny, on reach: the L1 regression head, explored by a Laplace density; PPO."""
     policy = OpenVLAOFTConfig(action_horizon=HORIZON)
-    return _reach(policy, GaussianSamplerConfig(scored_horizon=EXECUTED, family="laplace"))
+    return _reach(policy, GaussianSamplerConfig(scored_horizon=EXECUTED))
 
 
 __all__ = ["openvla", "openvla_oft", "openvla_oft_tokens", "pi0", "pi05", "smolvla"]

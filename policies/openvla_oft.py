@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.nn import functional
 
 from vla_rl.core import ActionChunk, Observation
 from vla_rl.data.normalization import Normalizer
+from vla_rl.flow.likelihood import Family, require_family
 from vla_rl.flow.sampler import laplace_of_normal
 from vla_rl.policies.blocks.action_tokens import NUM_BINS, actions_of_bins, bins_of_actions, pick_bins, token_loss
 from vla_rl.policies.blocks.decoder import positions_of
@@ -56,8 +56,9 @@ class OpenVLAOFTConfig:
     `chunk_dim`: action dimensions of the model, zeros where there are fewer. Published chunks [H, D]: 8 x 7 for LIBERO,
     25 x 14 for ALOHA, 5 x 7 for Bridge.
 
-    `noise_family`: of the distribution that the regressed chunk is the centre of; `initial_std`: its standard deviation
-    before training, in normalised actions, within `std_min` and `std_max`. No public checkpoint has one.
+    `noise_family`: of the distribution that the regressed chunk is the centre of, which is explored and deployed;
+    `initial_std`: its standard deviation before training, in normalised actions, within `std_min` and `std_max`. No
+    public checkpoint has one.
     """
 
     state_dim: int = 0
@@ -65,7 +66,7 @@ class OpenVLAOFTConfig:
     cameras: tuple[str, ...] = ("agent",)
     action_horizon: int = 8
     chunk_dim: int = 7
-    noise_family: Literal["laplace", "gaussian"] = "laplace"
+    noise_family: Family = "laplace"
     initial_std: float = 0.1
     std_min: float = 0.01
     std_max: float = 1.0
@@ -77,8 +78,7 @@ class OpenVLAOFTConfig:
                 f"OpenVLAOFTConfig: need 0 < std_min < initial_std < std_max, got "
                 f"{self.std_min}, {self.initial_std}, {self.std_max}"
             )
-        if self.noise_family not in ("laplace", "gaussian"):
-            raise ValueError(f"noise_family must be 'laplace' or 'gaussian', got {self.noise_family!r}")
+        require_family(self.noise_family)
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,7 @@ class OpenVLAOFT(nn.Module):
         self.body = ParallelBody(config)
         self.action_horizon, self.noise_dim = config.action_horizon, config.chunk_dim
         self.action_dim, self.feature_dim = config.action_dim, self.body.feature_dim
+        self.noise_family = config.noise_family
         width = config.body.vlm.decoder.width
         self.action_head = RegressionHead(config.chunk_dim * width, width, config.chunk_dim)
         self.std_logit = nn.Parameter(initial_std_logit(config))
@@ -291,7 +292,7 @@ class OpenVLAOFT(nn.Module):
         """Normalised chunks [N, H, D]: those that `act` deploys."""
         mean, std = self.distribution(prefix)
         noise = noise.to(mean)
-        return mean + std * (laplace_of_normal(noise) if self.config.noise_family == "laplace" else noise)
+        return mean + std * (laplace_of_normal(noise) if self.noise_family == "laplace" else noise)
 
     def supervised_loss(
         self, inputs: PolicyInputs, actions: Tensor, mask: Tensor, generator: torch.Generator

@@ -278,7 +278,11 @@ class FlowPolicy(HasFeatures, Policy, Protocol):
 
 @runtime_checkable
 class GaussianPolicy(HasFeatures, Policy, Protocol):
-    """A policy whose chunk is a diagonal Gaussian, in the normalised action space."""
+    """A policy whose chunk is a diagonal Gaussian, in the normalised action space.
+
+    One whose noise is Laplace's, with the same mean and standard deviation, says so with an attribute `noise_family`,
+    "laplace": what explores and is scored is then what is deployed.
+    """
 
     def distribution(self, prefix: Prefix) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, each float32 [N, H, A]."""

@@ -103,6 +103,7 @@ def test_token_logits_are_those_of_the_public_model(tmp_path):
 @pytest.mark.parametrize("family", ["gaussian", "laplace"])
 def test_noise_becomes_the_family_around_the_regressed_chunk(family):
     policy = build_policy(OpenVLAOFTConfig(noise_family=family, initial_std=0.2), spec(), seed=0)
+    assert GaussianSampler(policy).family == family  # what is explored is what is deployed
     require(policy, GaussianPolicy, HasVisionTokens, HasSupervisedLoss, by="the test")
     assert not isinstance(policy, TokenPolicy)
     obs, noise = observation(), torch.zeros(3, 8, 7)
@@ -119,7 +120,7 @@ def test_noise_becomes_the_family_around_the_regressed_chunk(family):
 
 def test_drawn_and_scored_log_probabilities_agree_and_gradients_reach_the_deviation():
     policy = build_policy(OpenVLAOFTConfig(action_horizon=3), spec(), seed=0)
-    sampler = GaussianSampler(policy, family="laplace")
+    sampler = GaussianSampler(policy)
     prefix = policy.encode(policy.preprocess(observation()))
     _, trace = sampler.sample(prefix, torch.Generator().manual_seed(0))
     score = sampler.score(prefix, trace)
@@ -132,9 +133,11 @@ def test_drawn_and_scored_log_probabilities_agree_and_gradients_reach_the_deviat
     assert policy.vlm.vision.featurizer.patch_embedding.weight.grad.abs().max() > 0
 
 
-def test_bounds_of_the_deviation_are_checked():
+def test_deviations_and_families_are_checked():
     with pytest.raises(ValueError, match="std_min < initial_std < std_max"):
         OpenVLAOFTConfig(initial_std=2.0)
+    with pytest.raises(ValueError, match="family is 'cauchy'"):
+        OpenVLAOFTConfig(noise_family="cauchy")
 
 
 # ------------------------------------------------------------------------------------------------- prefix and training

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -255,10 +256,16 @@ def test_laplace_draws():
     assert torch.isfinite(laplace_of_normal(torch.tensor([-6.7, 6.7]))).all()
 
 
+def make_laplace():
+    policy: Any = GaussianMLP(GaussianMLPConfig(state_dim=5, action_dim=2, action_horizon=4))
+    policy.noise_family = "laplace"
+    return policy
+
+
 def test_laplace_sampler_scores_what_it_draws():
     torch.manual_seed(0)
-    policy = GaussianMLP(GaussianMLPConfig(state_dim=5, action_dim=2, action_horizon=4))
-    sampler = build_sampler(policy, GaussianSamplerConfig(scored_horizon=3, family="laplace"), seed=0)
+    policy = make_laplace()
+    sampler = build_sampler(policy, GaussianSamplerConfig(scored_horizon=3), seed=0)
     prefix = states(32)
     actions, trace = sampler.sample(prefix, noise(range(32)))
     mean, std = policy.distribution(prefix)
@@ -267,17 +274,16 @@ def test_laplace_sampler_scores_what_it_draws():
     score = sampler.score(prefix, trace)
     assert chain_kl(score, score).abs().max().item() < 1e-5
     assert LogProb.concatenate([score, score.select(torch.arange(3))]).family == "laplace"
+    policy.noise_family = "cauchy"
     with pytest.raises(ValueError, match="family is 'cauchy'"):
-        GaussianSamplerConfig(family="cauchy")  # pyright: ignore[reportArgumentType]
+        build_sampler(policy, GaussianSamplerConfig(), seed=0)
 
 
 # ---------------------------------------------------------------------------------------------------------- the updates
 SAMPLERS = {
     "chunk": lambda: TokenSampler(make_tokens(), TokenSamplerConfig(temperature=1.6)),
     "token": lambda: TokenSampler(make_tokens(), TokenSamplerConfig(temperature=1.6, reduction="token")),
-    "laplace": lambda: GaussianSampler(
-        GaussianMLP(GaussianMLPConfig(state_dim=5, action_dim=2, action_horizon=4)), family="laplace"
-    ),
+    "laplace": lambda: GaussianSampler(make_laplace()),
 }
 
 
@@ -340,7 +346,7 @@ def test_grpo_with_clip_higher_and_no_kl():
 
 
 def test_configs_round_trip_and_choose_their_sampler():
-    for config in (TokenSamplerConfig(1.6, "token", 2), GaussianSamplerConfig(2, "laplace")):
+    for config in (TokenSamplerConfig(1.6, "token", 2), GaussianSamplerConfig(2)):
         train = TrainConfig(sampler=config, algorithm=GRPOConfig(actor=ActorConfig(clip_high=0.28)))
         assert config_from_dict(TrainConfig, config_to_dict(train)) == train
     assert isinstance(build_sampler(make_tokens(), TokenSamplerConfig(), seed=0), TokenSampler)

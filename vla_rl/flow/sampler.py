@@ -103,18 +103,18 @@ class GaussianTrace:
 
 
 class GaussianSampler:
-    """Chunks of a `GaussianPolicy`, with its mean and standard deviation in a Gaussian or, as suits heads that were
-    fitted by absolute error, a Laplace density. `scored_horizon`: the action steps that count (None: all)."""
+    """Chunks of a `GaussianPolicy`, in the family of its noise. `scored_horizon`: the action steps that count (None:
+    all)."""
 
     has_transitions = has_entropy = True
 
-    def __init__(self, policy: GaussianPolicy, scored_horizon: int | None = None, family: Family = "gaussian") -> None:
+    def __init__(self, policy: GaussianPolicy, scored_horizon: int | None = None) -> None:
         horizon = policy.action_horizon if scored_horizon is None else scored_horizon
         if not 1 <= horizon <= policy.action_horizon:
             raise ValueError(f"scored_horizon is {horizon}, expected 1..{policy.action_horizon}")
-        require_family(family)
         self.policy = policy
-        self.family: Family = family
+        self.family: Family = getattr(policy, "noise_family", "gaussian")
+        require_family(self.family)
         self.scored_horizon = horizon
 
     def _score(self, prefix: Prefix, actions: Tensor) -> LogProb:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from vla_rl.flow.config import FlowSamplerConfig
-from vla_rl.flow.likelihood import Family, require_family
 from vla_rl.flow.sampler import ChunkSampler, GaussianSampler
 from vla_rl.onpolicy.actor import DemoSource
 from vla_rl.onpolicy.dppo import DenoisingDiscount
@@ -20,14 +19,10 @@ from vla_rl.protocols import FlowPolicy, GaussianPolicy, TokenPolicy, require
 
 @dataclass(frozen=True)
 class GaussianSamplerConfig:
-    """`scored_horizon`: the action steps that count, those executed (None: all). `family`: "gaussian", or "laplace"
-    with the same mean and standard deviation."""
+    """`scored_horizon`: the action steps that count, those executed (None: all). The family of the density is that of
+    the policy's noise."""
 
     scored_horizon: int | None = None
-    family: Family = "gaussian"
-
-    def __post_init__(self) -> None:
-        require_family(self.family)
 
 
 SamplerConfig = FlowSamplerConfig | FPOConfig | GaussianSamplerConfig | TokenSamplerConfig
@@ -45,7 +40,7 @@ def build_sampler(policy: Any, config: SamplerConfig, *, seed: int) -> ChunkSamp
         require(policy, TokenPolicy, by="the token sampler")
         return TokenSampler(policy, config)
     require(policy, GaussianPolicy, by="the Gaussian sampler")
-    return GaussianSampler(policy, config.scored_horizon, config.family)
+    return GaussianSampler(policy, config.scored_horizon)
 
 
 def build_learner(
