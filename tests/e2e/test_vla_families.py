@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.tiny_families import FAMILIES, tiny_policy, tiny_sampler
+from tests.unit.tiny_families import FAMILIES, open_zeros, tiny_policy, tiny_sampler
 from vla_rl.data.normalization import Normalizer
 from vla_rl.envs.config import EnvConfig
 from vla_rl.flow.config import FlowSamplerConfig
@@ -23,14 +23,16 @@ from vla_rl.train.checkpoint import load_state
 from vla_rl.train.loop import POLICY_FOLDER, STATE_FILE, TrainConfig, run_training
 
 HORIZON, EXECUTED, NUM_ENVS = 3, 2, 3
-FLOAT32_ERROR = 1e-4  # of a ratio; measured: 1.4e-5 at most (the Laplace density of six numbers), 4e-6 elsewhere
+FLOAT32_ERROR = (
+    5e-5  # of a ratio; measured: 1.3e-5 at most, for the narrow Laplace density; 8e-6 for tokens, 4e-6 for flows
+)
 ENV = EnvConfig(
     task="reach", cameras=("agent",), image_size=32, privileged_state=True, max_episode_steps=4, num_threads=1
 )
 PPO_CONFIG = PPOConfig(
     num_decisions=3,
     critic_warmup_iterations=0,
-    actor=ActorConfig(learning_rate=1e-3, num_epochs=2, minibatch_size=5, target_kl=None),
+    actor=ActorConfig(learning_rate=1e-4, num_epochs=2, minibatch_size=5, target_kl=None),
 )
 
 
@@ -49,14 +51,6 @@ def make_policy(name, spec, seed=0) -> Any:
     low, high = torch.tensor(spec.action.low), torch.tensor(spec.action.high)
     policy.set_normalization(Normalizer.identity(spec.state_dim), Normalizer.bounds(low, high, kind="min_max"))
     return policy
-
-
-def open_zeros(policy) -> None:
-    """Matrices that begin as zeros (of gates, of the last layer) hide what is before them."""
-    g = torch.Generator().manual_seed(0)
-    for parameter in policy.parameters():
-        if parameter.ndim == 2 and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1, generator=g)
 
 
 def train_config(name, **changes):

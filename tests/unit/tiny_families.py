@@ -12,6 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import nn
+
 from tests.unit.tiny_vlms import vlm_json
 from vla_rl.configs import get_recipe
 from vla_rl.flow.config import FlowSamplerConfig
@@ -70,6 +73,14 @@ def tiny_sampler(name: str, scored_horizon: int) -> SamplerConfig:
     return replace(sampler, num_steps=2) if isinstance(sampler, FlowSamplerConfig) else sampler
 
 
+def open_zeros(policy: nn.Module) -> None:
+    """Matrices that begin as zeros (of gates, of the last layer) hide what is before them."""
+    g = torch.Generator().manual_seed(0)
+    for parameter in policy.parameters():
+        if parameter.ndim == 2 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1, generator=g)
+
+
 def _on_transformers(name: str, action_horizon: int) -> PolicyConfig:
     backbone = HFBackboneConfig(vlm_json("smolvlm"), image_size=56, prefix_width=WIDTH)
     if name == "hf_flow":
@@ -97,4 +108,4 @@ def _prismatic(config: PrismaticConfig) -> PrismaticConfig:
     return replace(config, dino=dino, siglip=siglip, decoder=_decoder(config.decoder))
 
 
-__all__ = ["FAMILIES", "FLOW", "TOKENS", "WIDTH", "tiny_policy", "tiny_sampler"]
+__all__ = ["FAMILIES", "FLOW", "TOKENS", "WIDTH", "open_zeros", "tiny_policy", "tiny_sampler"]
