@@ -18,13 +18,14 @@ from vla_rl.doctor import run_doctor
 from vla_rl.evaluation.compare import compare
 from vla_rl.evaluation.result import EvalResult
 from vla_rl.policies.checkpoints.openvla import OpenVLAOptions
+from vla_rl.train.check import check_recipe
 from vla_rl.train.distributed import join_learners, learner, leave_learners, wait_for_all
 from vla_rl.train.offpolicy import OffPolicyConfig
 from vla_rl.train.pipeline import run_pipeline, write_run_report
 from vla_rl.train.ray_learners import LearnersConfig, run_learners
 from vla_rl.train.recipe import Recipe
 from vla_rl.train.run_folder import CONFIG_FILE, open_run_folder, read_config
-from vla_rl.train.stages import check_recipe, evaluate_stage, fine_tune, record_demos, reinforce
+from vla_rl.train.stages import evaluate_stage, fine_tune, record_demos, reinforce
 
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
 _UNSET: Any = tyro.MISSING

@@ -182,7 +182,7 @@ def test_there_is_no_control_on_shuffled_advantages(tmp_path, capsys):
 
 def test_a_maze_needs_its_own_expert(tmp_path):
     from vla_rl.sim.experts import ExpertConfig
-    from vla_rl.train.stages import check_recipe
+    from vla_rl.train.check import check_recipe
 
     recipe = small_recipe()
     with pytest.raises(TypeError, match="a maze has a WaypointConfig, a table an ExpertConfig"):
@@ -217,6 +217,6 @@ FROM_REPLAY = [name for name, entry in RECIPES.items() if "configs.maze" in entr
 
 @pytest.mark.parametrize("name", FROM_REPLAY)
 def test_the_parts_of_every_recipe_fit(name):
-    from vla_rl.train.stages import check_recipe
+    from vla_rl.train.check import check_recipe
 
     check_recipe(get_recipe(name))

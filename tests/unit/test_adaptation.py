@@ -41,10 +41,11 @@ from vla_rl.policies.openvla_oft import OpenVLAOFT, OpenVLAOFTConfig, OpenVLAOFT
 from vla_rl.policies.pi0 import Pi0, Pi0Config
 from vla_rl.policies.smolvla import SmolVLA, SmolVLAConfig
 from vla_rl.train import sft
+from vla_rl.train.check import check_recipe
 from vla_rl.train.loop import TrainConfig
 from vla_rl.train.recipe import DemosConfig, Recipe
 from vla_rl.train.sft import SFTConfig
-from vla_rl.train.stages import check_recipe, fine_tune, record_demos, reinforce
+from vla_rl.train.stages import fine_tune, record_demos, reinforce
 
 LORA = AdaptationConfig(train=("expert",), lora=LoRAConfig(rank=4, alpha=8.0))
 FIRST = "language_model.layers.0.mlp.up_proj"

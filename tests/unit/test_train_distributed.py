@@ -20,11 +20,11 @@ from vla_rl.onpolicy import ActorConfig, CriticConfig, GRPOConfig, PPOConfig, ac
 from vla_rl.policies.build import build_policy
 from vla_rl.policies.flow_mlp import FlowMLPConfig
 from vla_rl.rollout.ray_config import RolloutConfig
+from vla_rl.train.check import check_recipe
 from vla_rl.train.checkpoint import CheckpointError
 from vla_rl.train.distributed import join_learners, learner, leave_learners, merge_metrics
 from vla_rl.train.loop import STATE_FILE, TrainConfig, run_training
 from vla_rl.train.metrics import read_metrics
-from vla_rl.train.stages import check_recipe
 
 ROOT = Path(__file__).parents[2]
 CONFIG = TrainConfig(

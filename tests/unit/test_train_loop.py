@@ -23,13 +23,13 @@ from vla_rl.policies.checkpoints.native import load_policy
 from vla_rl.policies.flow_mlp import FlowMLPConfig
 from vla_rl.policies.gaussian import GaussianMLPConfig
 from vla_rl.policies.tiny import TinyVLAConfig
+from vla_rl.train.check import check_recipe
 from vla_rl.train.checkpoint import CheckpointError, load_state, save_state
 from vla_rl.train.divergence import DivergenceError
 from vla_rl.train.loop import DIVERGED_FILE, POLICY_FOLDER, STATE_FILE, TrainConfig, run_training
 from vla_rl.train.metrics import read_metrics
 from vla_rl.train.recipe import DemosConfig, EvalConfig
 from vla_rl.train.run_folder import RunFolderError, describe_source, open_run_folder, read_config
-from vla_rl.train.stages import check_recipe
 
 ACTOR = ActorConfig(minibatch_size=32, num_epochs=2)
 PPO_CONFIG = PPOConfig(num_decisions=4, critic_warmup_iterations=1, actor=ACTOR)

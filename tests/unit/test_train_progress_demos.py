@@ -14,11 +14,12 @@ from vla_rl.onpolicy.process_reward import ProcessRewardConfig, gripper_mileston
 from vla_rl.policies.build import build_policy
 from vla_rl.policies.checkpoints.native import save_policy
 from vla_rl.policies.gaussian import GaussianMLPConfig
+from vla_rl.train.check import check_recipe
 from vla_rl.train.curriculum import CurriculumConfig
 from vla_rl.train.loop import TrainConfig
 from vla_rl.train.progress_demos import label_demos
 from vla_rl.train.recipe import DemosConfig, Recipe
-from vla_rl.train.stages import check_recipe, record_demos, reinforce
+from vla_rl.train.stages import record_demos, reinforce
 
 RECIPE = Recipe(
     env=EnvConfig(task="pick", cameras=(), num_threads=1),

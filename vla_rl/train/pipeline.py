@@ -24,6 +24,7 @@ from vla_rl.data.lerobot_format import atomic_write_json
 from vla_rl.evaluation.report import Curve, ReportData, ReportRow, video_pairs, write_report
 from vla_rl.evaluation.result import EvalResult
 from vla_rl.rollout.recorder import Recording
+from vla_rl.train.check import check_recipe
 from vla_rl.train.loop import POLICY_FOLDER
 from vla_rl.train.metrics import METRICS_FILE
 from vla_rl.train.offpolicy_stages import CLONING_FOLDER, OFFLINE_FOLDER, ONLINE_FOLDER
@@ -37,7 +38,6 @@ from vla_rl.train.run_folder import (
     read_config,
 )
 from vla_rl.train.stages import (
-    check_recipe,
     evaluate_expert,
     evaluate_stage,
     fine_tune,

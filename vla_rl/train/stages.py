@@ -7,17 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vla_rl.core import EnvSpec
 from vla_rl.data.chunks import ChunkDataset
 from vla_rl.data.demos import DemoSummary, collect_demos
 from vla_rl.data.lerobot_format import DatasetError, atomic_write_json, read_json
 from vla_rl.data.lerobot_reader import LeRobotDataset
 from vla_rl.data.normalization import Normalizer
-from vla_rl.envs.config import EnvConfig, PointMazeConfig, demo_env, without_cameras
-from vla_rl.envs.gym import FunctionExpert, FunctionExpertConfig, GymConfig
-from vla_rl.envs.ogbench import OGBenchConfig
+from vla_rl.envs.config import EnvConfig, demo_env, without_cameras
+from vla_rl.envs.gym import FunctionExpert, FunctionExpertConfig
 from vla_rl.envs.ogbench_expert import CubeOracle, CubeOracleConfig
 from vla_rl.envs.point_maze import WaypointConfig, WaypointExpert
 from vla_rl.envs.remote_expert import RemoteExpert, RemoteExpertConfig
@@ -25,9 +22,6 @@ from vla_rl.envs.task_mix import make_task_mix
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.evaluation.evaluate import evaluate, evaluate_controller
 from vla_rl.evaluation.result import EvalResult
-from vla_rl.onpolicy.build import build_learner as build_on_policy_learner
-from vla_rl.onpolicy.build import build_sampler
-from vla_rl.onpolicy.grpo import GRPOConfig
 from vla_rl.onpolicy.ppo import PPOConfig
 from vla_rl.policies.adaptation import apply_adaptation
 from vla_rl.policies.build import build_policy
@@ -35,97 +29,19 @@ from vla_rl.policies.checkpoints.adapt import adapt
 from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.load_any import layout_of, load_any
 from vla_rl.policies.checkpoints.native import read_description, save_policy
-from vla_rl.rollout.collector import check_policy_batch_size
-from vla_rl.rollout.ray_config import RolloutConfig
 from vla_rl.rollout.recorder import EpisodeRecorder, Recording
-from vla_rl.sim.experts import ExpertConfig, ScriptedExpert
-from vla_rl.sim.tasks import get_task
+from vla_rl.sim.experts import ScriptedExpert
+from vla_rl.train.check import check_policy, device_of
 from vla_rl.train.demo_source import DatasetDemos
 from vla_rl.train.loop import TrainConfig, TrainResult, run_training
 from vla_rl.train.offpolicy import OffPolicyConfig
-from vla_rl.train.offpolicy_stages import build_learner, check_stages, reinforce_from_replay
+from vla_rl.train.offpolicy_stages import build_learner, reinforce_from_replay
 from vla_rl.train.progress_demos import label_demos
 from vla_rl.train.recipe import AnyExpertConfig, EvalConfig, Recipe
 from vla_rl.train.sft import DatasetSampler, SFTResult, run_sft
 
 _CURVE_EPISODES = 64
 _CURVE_FIRST_SEED = 10**9  # the curve's episodes are none of the final evaluation's
-
-
-def device_of(recipe: Recipe) -> torch.device:
-    """Raises ValueError where the recipe wants a GPU and there is none."""
-    if recipe.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(recipe.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {recipe.device!r}, and torch sees no GPU; use --device auto")
-    return device
-
-
-def check_recipe(recipe: Recipe, *, stored_policy: bool = False) -> None:
-    """Raise ValueError or TypeError where the parts of a recipe do not fit: at once, not after an hour's training.
-
-    `stored_policy`: a policy is read instead of the recipe's being built; `check_policy` is for it, once it is there.
-    """
-    experts = {
-        EnvConfig: ExpertConfig,
-        PointMazeConfig: WaypointConfig,
-        GymConfig: FunctionExpertConfig,
-        OGBenchConfig: CubeOracleConfig,
-    }
-    if type(recipe.demos.expert) is not experts.get(type(recipe.env), RemoteExpertConfig):
-        raise TypeError(
-            f"demos.expert is a {type(recipe.demos.expert).__name__} and env a {type(recipe.env).__name__}: "
-            "a maze has a WaypointConfig, a table an ExpertConfig, a Gymnasium environment a FunctionExpertConfig, "
-            "OGBench a CubeOracleConfig, any other simulator a RemoteExpertConfig"
-        )
-    if isinstance(recipe.env, EnvConfig):
-        for task in recipe.evaluation.tasks:
-            get_task(task)
-    env = recipe.env.make(1, split="train")
-    env.close()
-    device_of(recipe)
-    train = recipe.train
-    if recipe.fine_tunes and not stored_policy:
-        policy: Any = build_policy(recipe.policy, env.spec, seed=0)
-        apply_adaptation(policy, recipe.adaptation)
-        check_policy(recipe, policy, env.spec)
-    elif not recipe.fine_tunes and not recipe.adaptation.is_off:
-        raise ValueError("adaptation is for a policy that is fine-tuned, this recipe trains an agent of its own")
-    if isinstance(train, OffPolicyConfig):
-        if recipe.rollout != RolloutConfig():
-            raise ValueError("rollout.* is for on-policy learning, and this recipe learns from replay; leave it out")
-        if not recipe.fine_tunes:
-            check_stages(train, env.spec, None)
-        return
-    if train.curriculum is not None:
-        make_task_mix(lambda task: recipe.env.make(1, split="train", task=task), train.curriculum).close()
-    check_policy_batch_size(recipe.rollout.policy_batch_size, train.num_envs)
-    if recipe.rollout.workers:
-        recipe.rollout.slices(train.num_envs)
-    if recipe.rollout.max_staleness and isinstance(train.algorithm, GRPOConfig):
-        raise ValueError("rollout.max_staleness is for PPO: GRPO collects whole episodes for each update; set it to 0")
-
-
-def check_policy(recipe: Recipe, policy: Any, spec: EnvSpec) -> None:
-    """Raise ValueError or TypeError where `policy` cannot do what the recipe's training asks of it."""
-    train = recipe.train
-    if train.execution_horizon > policy.action_horizon:
-        raise ValueError(
-            f"train.execution_horizon is {train.execution_horizon}, the policy predicts {policy.action_horizon} steps"
-        )
-    if isinstance(train, OffPolicyConfig):
-        check_stages(train, spec, policy)
-        return
-    deployed, explored = (getattr(c, "num_steps", None) for c in (policy.config, train.sampler))
-    if deployed != explored and None not in (deployed, explored):
-        raise ValueError(
-            f"policy.num_steps is {deployed} and train.sampler.num_steps {explored}: another chain would be deployed "
-            "than was trained; make them equal"
-        )
-    without_demos = replace(train.algorithm, actor=replace(train.algorithm.actor, bc_coef=0.0))
-    sampler = build_sampler(policy, train.sampler, seed=0)
-    build_on_policy_learner(sampler, without_demos, step_weighting=train.step_weighting)
 
 
 def make_expert(
@@ -393,6 +309,6 @@ def evaluate_stage(
 
 
 __all__ = [
-    "device_of", "evaluate_expert", "evaluate_policy", "evaluate_stage", "fine_tune", "record_demos",
+    "evaluate_expert", "evaluate_policy", "evaluate_stage", "fine_tune", "load_for", "make_expert", "record_demos",
     "reinforce", "save_untrained",
 ]  # fmt: skip
