@@ -125,25 +125,45 @@ def demos_command(argv: list[str]) -> int:
 @dataclass(frozen=True)
 class SftOptions:
     """dataset: folder of a LeRobot dataset. policy: folder of the one to begin with (else a new one), ours or a
-    public checkpoint. run_dir: folder of the run. resume: go on with an interrupted run."""
+    public checkpoint. run_dir: folder of the run. learners: several processes that share the run, started through Ray.
+    resume: go on with an interrupted run."""
 
     recipe: RecipeFields
     policy_dir: Annotated[Path | None, tyro.conf.arg(name="policy")] = None
     dataset: Path = _UNSET
     run_dir: Path = _UNSET
+    learners: LearnersConfig = field(default_factory=LearnersConfig)
     resume: bool = False
     seed: int | None = None
 
 
 def sft_command(argv: list[str]) -> int:
-    """Fit a policy to demonstrations."""
+    """Fit a policy to demonstrations; with several learners through Ray, or started by `torchrun`."""
     o = _parse_with_recipe(SftOptions, argv, "sft")
     check_recipe(o.recipe, stored_policy=o.policy_dir is not None)
+    if _starts_learners(o.learners, "sft"):
+        return run_learners(["sft", *argv], o.learners)
+    join_learners()
     inputs = {"dataset": o.dataset, "policy": o.policy_dir}
-    run_dir = open_run_folder(o.run_dir, o.recipe, resume=o.resume, kind="sft", inputs=inputs)
-    result = fine_tune(o.recipe, o.dataset, run_dir, resume=o.resume, initial=o.policy_dir)
-    print(f"loss {result.final_loss:.4g} after {result.num_updates} updates; policy: {result.policy_folder}")
+    wait_for_all(lambda: open_run_folder(o.run_dir, o.recipe, resume=o.resume, kind="sft", inputs=inputs))
+    shard = o.learners.shard
+    result = fine_tune(o.recipe, o.dataset, o.run_dir, resume=o.resume, initial=o.policy_dir, shard=shard)
+    if learner() == 0:
+        print(f"loss {result.final_loss:.4g} after {result.num_updates} updates; policy: {result.policy_folder}")
+    leave_learners()
     return 0 if result.finished else 130
+
+
+def _starts_learners(config: LearnersConfig, command: str) -> bool:
+    """Whether this process is to start learners through Ray, instead of being the only one or one of torchrun's."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and config.num not in (1, size):
+        raise UsageError(
+            f"{command}: learners.num is {config.num} and torchrun has started {size}; leave one of them out"
+        )
+    if config.shard and max(size, config.num) == 1:
+        raise UsageError(f"{command}: learners.shard divides a policy among learners; set learners.num to 2 or more")
+    return config.num > 1 and size == 1
 
 
 @dataclass(frozen=True)
@@ -165,15 +185,11 @@ def train_command(argv: list[str]) -> int:
     """Improve a policy by reinforcement learning; with several learners through Ray, or started by `torchrun`."""
     o = _parse_with_recipe(TrainOptions, argv, "train")
     check_recipe(o.recipe, stored_policy=o.policy_dir is not None)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if max(size, o.learners.num) > 1 and isinstance(o.recipe.train, OffPolicyConfig):
+    starts = _starts_learners(o.learners, "train")
+    if isinstance(o.recipe.train, OffPolicyConfig) and (starts or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         raise UsageError("train: several learners are for on-policy recipes; start this one with one learner")
-    if o.learners.num > 1 and size == 1:
+    if starts:
         return run_learners(["train", *argv], o.learners)
-    if o.learners.num not in (1, size):
-        raise UsageError(
-            f"train: learners.num is {o.learners.num} and torchrun has started {size}; leave one of them out"
-        )
     join_learners()
     inputs = {"policy": o.policy_dir, "dataset": o.dataset}
     wait_for_all(lambda: open_run_folder(o.run_dir, o.recipe, resume=o.resume, kind="train", inputs=inputs))

@@ -71,7 +71,7 @@ class ActionExpert(nn.Module):
         scale = (flow_time.square() + (1.0 - flow_time).square()).rsqrt()[:, None, None]
         x = self.action_in(x_t * scale) + self.position + pooled_shift.unsqueeze(1)
         for block in cast(Iterable[AdaptiveTransformerBlock], self.blocks):
-            x = block(x, block.project_context(prefix.tokens), condition, mask)
+            x = block(x, prefix.tokens, condition, mask)
         hidden, _ = self.norm(x, condition)
         skip = (2.0 * flow_time - 1.0)[:, None, None] * scale.square()
         return VelocityOutput(skip * x_t + scale * self.action_out(hidden).float(), hidden.float())

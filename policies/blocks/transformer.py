@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vla_rl.policies.blocks.attention import Attention
-from vla_rl.protocols import PrefixKV
 
 
 class RMSNorm(nn.Module):
@@ -89,12 +88,10 @@ class AdaptiveTransformerBlock(nn.Module):
         self.feed_forward_norm = AdaptiveRMSNorm(width, condition_width)
         self.feed_forward = FeedForward(width, hidden_width)
 
-    def project_context(self, context: Tensor) -> PrefixKV:
-        """`context [N, T, context_width]` -> what `forward` takes as `prefix`."""
-        return self.attention.project_context(context)
-
-    def forward(self, x: Tensor, prefix: PrefixKV, condition: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`x [N, L, width]`, `condition [N, condition_width]`; `prefix` and `mask` as in `Attention.forward`."""
+    def forward(self, x: Tensor, context: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`x [N, L, width]`, `context [N, T, context_width]`, `condition [N, condition_width]`; `mask` as in
+        `Attention.forward`."""
+        prefix = self.attention.project_context(context)
         normed, gate = self.attention_norm(x, condition)
         x = torch.addcmul(x, gate, self.attention(normed, prefix, mask))
         normed, gate = self.feed_forward_norm(x, condition)

@@ -68,15 +68,22 @@ def policy_class_of(config: Any) -> type:
 
 
 def save_policy(
-    policy: nn.Module, folder: str | Path, *, spec: EnvSpec | None = None, metadata: Mapping[str, Any] | None = None
+    policy: nn.Module,
+    folder: str | Path,
+    *,
+    spec: EnvSpec | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write `policy` to `folder`, replacing what is there atomically; adapters are merged in what is written.
 
     `spec`: the environment that it was made for; `load_policy` can check it. `metadata`: JSON values for people.
-    Raises TypeError for a class that is not registered.
+    `state`: its `plain_state_dict`, of a policy that is divided among learners. Raises TypeError for a class that is
+    not registered.
     """
     description = _describe(policy, spec, dict(metadata or {}))
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in plain_state_dict(policy).items()}
+    state = plain_state_dict(policy) if state is None else state
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     partial = path / f".{WEIGHTS_FILE}.{os.getpid()}.partial"

@@ -105,11 +105,10 @@ def test_norms_follow_their_formulas():
 def test_a_gate_of_zero_makes_a_block_the_identity():
     block = AdaptiveTransformerBlock(16, 4, 32, condition_width=8, context_width=6)
     x, context = torch.randn(2, 5, 16), torch.randn(2, 3, 6)
-    prefix = block.attention.project_context(context)
-    assert not torch.allclose(block(x, prefix, torch.zeros(2, 8)), x)
+    assert not torch.allclose(block(x, context, torch.zeros(2, 8)), x)
     for norm in (block.attention_norm, block.feed_forward_norm):
         torch.nn.init.zeros_(norm.dense.bias)
-    assert torch.equal(block(x, prefix, torch.randn(2, 8)), x)
+    assert torch.equal(block(x, context, torch.randn(2, 8)), x)
 
 
 def test_time_embedding_values():

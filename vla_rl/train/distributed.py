@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+LEARNERS_FOLDER = "learners"  # in a run's folder: what the learners beside the first leave
 _COUNTS = ("episodes_finished", "episodes_lost", "num_samples", "worker_restarts", "worker_lost_episodes")
 _WEIGHT = "rollout/episodes_finished"
 
@@ -52,6 +53,14 @@ def slice_of_learner(num_envs: int) -> range:
     if rest:
         raise ValueError(f"{num_envs} environments do not divide among {num_learners()} learners; change num_envs")
     return range(learner() * each, (learner() + 1) * each)
+
+
+def share_of_learner(num_rows: int) -> slice:
+    """The rows of this process of a batch that all have together; shares differ by one at most. Raises ValueError where
+    there are more learners than rows."""
+    if num_rows < num_learners():
+        raise ValueError(f"a batch of {num_rows} samples is too small for {num_learners()} learners; raise batch_size")
+    return slice(learner() * num_rows // num_learners(), (learner() + 1) * num_rows // num_learners())
 
 
 def sum_over_learners(values: Tensor) -> Tensor:
@@ -166,6 +175,7 @@ def wait_for_all(write: Callable[[], object]) -> None:
 
 
 __all__ = [
+    "LEARNERS_FOLDER",
     "any_learner",
     "average_gradients",
     "gather",
@@ -179,6 +189,7 @@ __all__ = [
     "num_learners",
     "num_minibatches",
     "same_start",
+    "share_of_learner",
     "slice_of_learner",
     "sum_over_learners",
     "wait_for_all",

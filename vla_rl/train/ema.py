@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vla_rl.train.sharding import divide_like, local_part
+
 
 class Ema:
     """`average <- d * average + (1 - d) * parameter` after every update, with d = min(decay, (1 + n) / (10 + n)) at
@@ -24,7 +26,8 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self._parameters], 1.0 - decay)
+        parameters = [local_part(p.detach()) for p in self._parameters]
+        torch._foreach_lerp_([local_part(a) for a in self.average], parameters, 1.0 - decay)
         self.num_updates += 1
 
     @contextmanager
@@ -49,7 +52,7 @@ class Ema:
         assert isinstance(num_updates, int)
         if len(average) != len(self.average):
             raise ValueError(f"the stored average has {len(average)} tensors, this policy trains {len(self.average)}")
-        _copy(average, self.average)
+        _copy([divide_like(a, own) for a, own in zip(average, self.average, strict=True)], self.average)
         self.num_updates = num_updates
 
 

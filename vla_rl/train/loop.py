@@ -31,6 +31,7 @@ from vla_rl.train.checkpoint import CheckpointError, load_state, require_same_co
 from vla_rl.train.curriculum import CurriculumConfig
 from vla_rl.train.demo_source import DatasetDemos
 from vla_rl.train.distributed import (
+    LEARNERS_FOLDER,
     any_learner,
     gather,
     join_metrics,
@@ -45,7 +46,6 @@ from vla_rl.train.interrupt import StopOnInterrupt
 from vla_rl.train.metrics import Metrics, MetricsLogger
 
 STATE_FILE, POLICY_FOLDER, DIVERGED_FILE = "train_state.pt", "policy", "diverged_batch.safetensors"
-LEARNERS_FOLDER = "learners"  # metrics of the learners beside the first
 MAY_CHANGE = ("num_iterations", "eval_interval", "checkpoint_interval")  # across a resume
 
 

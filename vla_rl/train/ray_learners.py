@@ -24,12 +24,14 @@ _POLL_S = 0.2
 class LearnersConfig:
     """`num`: learners that share a run (1: this process). More than one are started through Ray, on the cluster at
     `ray_address` (None: Ray is started on this machine); the run's folder must then be the same one on all machines.
-    Each takes `cpus_per_learner` and `gpus_per_learner`."""
+    Each takes `cpus_per_learner` and `gpus_per_learner`. `shard`: the layers of the policy are divided among them
+    (FSDP2, `sharding.py`) instead of repeated on each; with learners started by `torchrun`, too."""
 
     num: int = 1
     ray_address: str | None = None
     cpus_per_learner: float = 1.0
     gpus_per_learner: float = 0.0
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if self.num < 1 or self.cpus_per_learner < 0 or self.gpus_per_learner < 0:

@@ -1,7 +1,9 @@
 """Supervised fine-tuning of any policy that has a supervised loss (flow matching, Gaussian likelihood, ...).
 
 `run_sft` is the loop, `SupervisedTrainer` one update. On a CPU a run that was killed and resumed ends with the same
-parameters, bit for bit, as one that was not.
+parameters, bit for bit, as one that was not. Several learners (`distributed.py`) share every batch: the result is that
+of one to rounding, as a sample's noise and augmentation do not depend on who has it; so a run may go on with another
+number of them.
 """
 
 from __future__ import annotations
@@ -19,23 +21,49 @@ from torch import Tensor, nn
 
 from vla_rl.core import EnvSpec, Observation
 from vla_rl.data.chunks import ChunkDataset, EpochSampler
+from vla_rl.flow.noise import ShareGenerator
+from vla_rl.policies.adaptation import plain_state_dict
 from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.native import save_policy
 from vla_rl.progress import Progress
 from vla_rl.protocols import HasFeatures, HasSupervisedLoss, PolicyInputs, require, trainable_parameters
 from vla_rl.train.augmentation import AugmentationConfig, augment
 from vla_rl.train.checkpoint import load_state, require_same_config, save_state
+from vla_rl.train.distributed import (
+    LEARNERS_FOLDER,
+    any_learner,
+    average_gradients,
+    learner,
+    mean_over_learners,
+    num_learners,
+    same_start,
+    share_of_learner,
+    wait_for_all,
+)
 from vla_rl.train.divergence import dumping, require_finite
 from vla_rl.train.ema import Ema
 from vla_rl.train.interrupt import StopOnInterrupt
 from vla_rl.train.metrics import MetricsLogger
+from vla_rl.train.sharding import (
+    clip_gradients,
+    load_optimizer_state,
+    load_whole,
+    loss_share,
+    optimizer_groups,
+    optimizer_state,
+    shard_layers,
+    whole_state,
+)
 
 STATE_FILE, POLICY_FOLDER, DIVERGED_FILE = "sft_state.pt", "policy", "diverged_batch.safetensors"
 MAY_CHANGE = ("log_interval", "checkpoint_interval")  # across a resume
 
 
 class BatchSampler(Protocol):
-    """Where training batches come from; deterministic, and resumable through its state."""
+    """Where training batches come from; deterministic, and resumable through its state.
+
+    Of several learners each has one, in the same state; `batch` gives its rows (`share_of_learner`) of the batch.
+    """
 
     def batch(self) -> tuple[Observation, Tensor, Tensor]:
         """Observations, actions [B, H, A] in the environment's units, mask bool [B, H], False at padded steps."""
@@ -47,14 +75,15 @@ class BatchSampler(Protocol):
 
 
 class DatasetSampler:
-    """Shuffled batches of a `ChunkDataset`, as `run_sft` wants them."""
+    """Shuffled batches of a `ChunkDataset`, as `run_sft` wants them. `batch_size`: of all learners together."""
 
     def __init__(self, dataset: ChunkDataset, batch_size: int, seed: int) -> None:
         self._dataset = dataset
         self._order = EpochSampler(len(dataset), batch_size, seed)
+        self._share = share_of_learner(batch_size)
 
     def batch(self) -> tuple[Observation, Tensor, Tensor]:
-        chunk = self._dataset.batch(self._order.next())
+        chunk = self._dataset.batch(self._order.next()[self._share])
         return chunk.obs, chunk.actions, chunk.mask
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,7 +95,7 @@ class DatasetSampler:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """`batch_size` is the sampler's; it is checked here so that a recipe says it once.
+    """`batch_size` is the sampler's, of all learners together; it is checked here so that a recipe says it once.
 
     The learning rate rises linearly over `warmup_updates` and falls along a cosine to `final_lr_fraction` of its peak.
     `ema_decay` 0 keeps the last parameters; otherwise the saved and returned policy holds their moving average.
@@ -122,7 +151,10 @@ class SFTResult:
 
 
 class SupervisedTrainer:
-    """Owns optimiser, moving average and the random generator of one policy's supervised fine-tuning."""
+    """Owns optimiser, moving average and the random generator of one policy's supervised fine-tuning.
+
+    Of several learners each has one, and calls it as often as the others. `policy` is the same on all, or divided.
+    """
 
     def __init__(self, policy: nn.Module, config: SFTConfig) -> None:
         require(policy, HasFeatures, HasSupervisedLoss, by="supervised fine-tuning")
@@ -134,21 +166,23 @@ class SupervisedTrainer:
         self.parameters = parameters
         self.device = parameters[0].device
         self.optimizer = torch.optim.AdamW(
-            parameters,
+            optimizer_groups(parameters),
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
             fused=True,
         )
         self.ema = Ema(parameters, config.ema_decay) if config.ema_decay > 0 else None
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = _generator(config)
+        self.generator.manual_seed(config.seed)
         self.num_updates = 0
         self.recent_losses: list[float] = []  # since the last line of metrics; a resumed run logs the same mean
         if config.precision == "bfloat16" and self.device.type == "cpu":
             raise ValueError("precision 'bfloat16' is for a GPU and the policy is on the CPU; use 'auto' or 'float32'")
 
     def update(self, obs: Observation, actions: Tensor, mask: Tensor) -> dict[str, float]:
-        """One gradient step. Raises DivergenceError, with nothing changed, where loss or gradient is not finite."""
+        """One gradient step on this learner's rows of a batch. Raises DivergenceError, on all learners and with nothing
+        changed, where loss or gradient is not finite."""
         if not bool(mask.any()):
             raise ValueError("supervised fine-tuning: a batch has no unpadded step")
         config = self.config
@@ -158,10 +192,13 @@ class SupervisedTrainer:
             losses = self.policy.supervised_loss(inputs, targets, mask, self.generator)
         dump = _batch_tensors(inputs, actions, mask)
         details = {"update": self.num_updates, "instruction": list(obs.instruction)}
-        loss = require_finite("the supervised loss", losses.mean(), dump, details)
+        own = losses.mean()
+        mean = mean_over_learners({"loss": float(own.detach())}, len(losses))["loss"]
+        loss = require_finite("the supervised loss", torch.tensor(mean), dump, details)
         self.optimizer.zero_grad()
-        losses.mean().backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+        (own * loss_share(self.parameters, len(losses))).backward()
+        average_gradients(self.parameters, len(losses))
+        grad_norm = clip_gradients(self.parameters, config.grad_clip)
         norm = require_finite("the gradient's norm", grad_norm, dump, details)
         learning_rate = config.learning_rate_at(self.num_updates)
         for group in self.optimizer.param_groups:
@@ -178,9 +215,10 @@ class SupervisedTrainer:
         return nullcontext() if self.ema is None else self.ema.applied()
 
     def state_dict(self) -> dict[str, Any]:
+        """Of a divided policy divided, too; `whole_state` makes it whole, and `load_state_dict` takes it so."""
         return {
             "policy": self.policy.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer, self.parameters),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "generator": self.generator.get_state(),
             "num_updates": self.num_updates,
@@ -190,8 +228,8 @@ class SupervisedTrainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if (state["ema"] is None) != (self.ema is None):
             raise ValueError("the stored run and this one differ in whether they average parameters (ema_decay)")
-        self.policy.load_state_dict(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_whole(self.policy, state["policy"])
+        load_optimizer_state(self.optimizer, self.parameters, state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.generator.set_state(state["generator"])
@@ -204,6 +242,14 @@ class SupervisedTrainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
+def _generator(config: SFTConfig) -> torch.Generator:
+    if num_learners() == 1:
+        return torch.Generator()
+    generator = ShareGenerator()
+    generator.num_rows, generator.rows = config.batch_size, share_of_learner(config.batch_size)
+    return generator
+
+
 def run_sft(
     policy: nn.Module,
     sampler: BatchSampler,
@@ -213,34 +259,43 @@ def run_sft(
     resume: bool = False,
     spec: EnvSpec | None = None,
     tensorboard: bool = True,
+    shard: bool = False,
 ) -> SFTResult:
     """Fine-tune `policy` in place; at the end it holds what lies in `run_dir/policy`.
+
+    Several learners call it together, and the first one writes; with `shard` they divide the policy's layers
+    (`sharding.py`), which stay divided.
 
     Ctrl-C stops after the running update, saves and returns with `finished` False. `resume=True` goes on from
     `run_dir/sft_state.pt`, or starts where there is none. Raises FileExistsError where a run would be overwritten,
     ValueError where the configuration is not that of the stored run, DivergenceError for a loss that is not finite; the
     batch is then in `run_dir/diverged_batch.safetensors` and the last checkpoint is untouched.
     """
-    run_dir = Path(run_dir)
+    run_dir, is_first = Path(run_dir), learner() == 0
+    same_start(policy)
+    if shard:
+        shard_layers(policy)
     trainer = SupervisedTrainer(policy, config)
     _start_or_resume(trainer, sampler, run_dir, resume)
     progress = Progress(config.num_updates, "sft", unit="updates", initial=trainer.num_updates)
     policy.train()
     begin, last_loss = time.monotonic(), math.nan
     logged_s, logged_updates = time.monotonic(), trainer.num_updates
-    with (
-        StopOnInterrupt() as stop,
-        MetricsLogger(run_dir, resume_after=trainer.num_updates if resume else None, tensorboard=tensorboard) as log,
-    ):
-        while trainer.num_updates < config.num_updates and not stop.requested:
+    resume_after = trainer.num_updates if resume else None
+    logger = MetricsLogger(run_dir, resume_after=resume_after, tensorboard=tensorboard) if is_first else nullcontext()
+    with StopOnInterrupt() as stop, logger as log:
+        while trainer.num_updates < config.num_updates and not any_learner(stop.requested):
             metrics = _update(trainer, sampler, run_dir)
             last_loss = metrics["loss"]
             if trainer.num_updates % config.log_interval == 0 or trainer.num_updates == config.num_updates:
                 rate = (trainer.num_updates - logged_updates) * config.batch_size / (time.monotonic() - logged_s)
                 metrics["loss"] = last_loss = sum(trainer.recent_losses) / len(trainer.recent_losses)
-                log.log(trainer.num_updates, {f"sft/{k}": v for k, v in metrics.items()} | {"sft/samples_per_s": rate})
+                row = {f"sft/{k}": v for k, v in metrics.items()} | {"sft/samples_per_s": rate}
+                if log is not None:
+                    log.log(trainer.num_updates, row)
                 logged_s, logged_updates, trainer.recent_losses = time.monotonic(), trainer.num_updates, []
-            progress.update(trainer.num_updates, loss=last_loss)
+            if is_first:
+                progress.update(trainer.num_updates, loss=last_loss)
             if trainer.num_updates % config.checkpoint_interval == 0 and trainer.num_updates < config.num_updates:
                 _save(trainer, sampler, run_dir, spec)
         _save(trainer, sampler, run_dir, spec)
@@ -255,12 +310,15 @@ def run_sft(
 
 def _update(trainer: SupervisedTrainer, sampler: BatchSampler, run_dir: Path) -> dict[str, float]:
     obs, actions, mask = sampler.batch()
-    if len(obs) != trainer.config.batch_size:
+    size, share = trainer.config.batch_size, share_of_learner(trainer.config.batch_size)
+    if len(obs) != share.stop - share.start:
+        mine = "" if num_learners() == 1 else f", and this learner's share of it {share.stop - share.start}"
         raise ValueError(
-            f"the sampler gives batches of {len(obs)}, SFTConfig.batch_size is {trainer.config.batch_size}; "
+            f"the sampler gives batches of {len(obs)}, SFTConfig.batch_size is {size}{mine}; "
             "build the sampler with the configuration's batch size"
         )
-    with dumping(run_dir / DIVERGED_FILE, run_dir / STATE_FILE):
+    folder = run_dir if learner() == 0 else run_dir / LEARNERS_FOLDER / str(learner())
+    with dumping(folder / DIVERGED_FILE, run_dir / STATE_FILE):
         return trainer.update(obs, actions, mask)
 
 
@@ -283,12 +341,16 @@ def _start_or_resume(trainer: SupervisedTrainer, sampler: BatchSampler, run_dir:
 
 
 def _save(trainer: SupervisedTrainer, sampler: BatchSampler, run_dir: Path, spec: EnvSpec | None) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
+    is_first = learner() == 0
     with trainer.averaged():
-        save_policy(trainer.policy, run_dir / POLICY_FOLDER, spec=spec, metadata={"sft_updates": trainer.num_updates})
+        plain = whole_state(plain_state_dict(trainer.policy), keep=is_first)
+        if is_first:
+            metadata = {"sft_updates": trainer.num_updates}
+            save_policy(trainer.policy, run_dir / POLICY_FOLDER, spec=spec, metadata=metadata, state=plain)
+        del plain
     state = {
-        "trainer": trainer.state_dict(),
+        "trainer": whole_state(trainer.state_dict(), keep=is_first),
         "sampler": sampler.state_dict(),
         "config": config_to_dict(trainer.config),
     }
-    save_state(run_dir / STATE_FILE, state)
+    wait_for_all(lambda: save_state(run_dir / STATE_FILE, state))

@@ -92,12 +92,18 @@ def _check_same_demos(recipe: Recipe, path: Path) -> None:
 
 
 def fine_tune(
-    recipe: Recipe, dataset_path: Path, run_dir: Path, *, resume: bool, initial: Path | None = None
+    recipe: Recipe,
+    dataset_path: Path,
+    run_dir: Path,
+    *,
+    resume: bool,
+    initial: Path | None = None,
+    shard: bool = False,
 ) -> SFTResult:
     """A new policy, or the one of the folder `initial`, fitted to the dataset.
 
     A policy that was trained here keeps its normalisation. A public checkpoint, or one that was converted from it, is
-    moved to this environment and takes the dataset's.
+    moved to this environment and takes the dataset's. `shard`: several learners divide its layers.
     """
     env = recipe.env.make(1, split="train")
     spec = env.spec
@@ -122,7 +128,7 @@ def fine_tune(
     cameras = tuple(getattr(policy.config, "cameras", ()))
     chunks = ChunkDataset(dataset, policy.action_horizon, cameras=cameras)
     sampler = DatasetSampler(chunks, recipe.sft.batch_size, recipe.sft.seed)
-    return run_sft(policy, sampler, recipe.sft, run_dir, resume=resume, spec=spec)
+    return run_sft(policy, sampler, recipe.sft, run_dir, resume=resume, spec=spec, shard=shard)
 
 
 def load_for(recipe: Recipe, folder: Path, spec: EnvSpec, *, check: bool = False) -> Any:
