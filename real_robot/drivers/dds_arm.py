@@ -1,0 +1,221 @@
+"""An arm and cameras over ROS 2 topics without a ROS installation: ros2_control's joint trajectory controller, a
+gripper that takes a width, and the digital twin, which is the same to it.
+
+Every command is one trajectory of one point, a control period ahead. The controller interpolates to it from where its
+setpoint is; if nothing follows, it has arrived after that period and stands. Set the controller's
+`interpolate_from_desired_state: true` and, for it is off by default, `cmd_timeout`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vla_rl.real_robot.dds import COMMAND, SENSOR, STATUS, DDSNode, NodeConfig, Publisher, Subscription
+from vla_rl.real_robot.interfaces import ArmSpec, ArmState, Command, HardwareError, Picture
+from vla_rl.sim.arm import FINGER_NAMES, FINGER_TRAVEL, HOME, JOINT_HIGH, JOINT_LOW, JOINT_NAMES, JOINT_SPEED
+
+
+@dataclass(frozen=True)
+class DDSArmConfig:
+    """`finger_joints`: of /joint_states, their positions add up to the gripper's width; () for no gripper.
+    `periods_ahead`: how long the controller gets for a command, in control periods. `gripper_step`: a width is sent
+    when it differs from the last one sent by this many metres, never again and again."""
+
+    node: NodeConfig = field(default_factory=lambda: NodeConfig("vla_rl_arm"))
+    joint_states: str = "/joint_states"
+    trajectory: str = "/arm/joint_trajectory"
+    gripper: str = "/gripper/commands"
+    fault: str = "/arm/fault"
+    finger_joints: tuple[str, ...] = FINGER_NAMES
+    periods_ahead: float = 1.0
+    gripper_step: float = 0.0005
+    connect_timeout_s: float = 5.0
+
+
+@dataclass(frozen=True)
+class DDSCameraConfig:
+    """`topic`: of sensor_msgs/msg/Image, encoded rgb8 or bgr8."""
+
+    name: str
+    topic: str
+    node: NodeConfig = field(default_factory=lambda: NodeConfig("vla_rl_camera"))
+    connect_timeout_s: float = 5.0
+
+
+def twin_arm_spec(name: str = "twin", rate_hz: float = 20.0) -> ArmSpec:
+    """The tabletop's arm. Limits of acceleration and jerk are those that Franka Robotics documents for the Panda."""
+    return ArmSpec(
+        name=name,
+        joint_names=JOINT_NAMES,
+        position_low=np.array(JOINT_LOW),
+        position_high=np.array(JOINT_HIGH),
+        max_velocity=np.array(JOINT_SPEED),
+        max_acceleration=np.array([15.0, 7.5, 10.0, 12.5, 15.0, 20.0, 20.0]),
+        max_jerk=np.array([7500.0, 3750.0, 5000.0, 6250.0, 7500.0, 10000.0, 10000.0]),
+        gripper_range=(0.0, 2 * FINGER_TRAVEL),
+        rate_hz=rate_hz,
+        home=np.array(HOME),
+    )
+
+
+class DDSArm:
+    """See `interfaces.Arm`. `send` is for one thread, `stop` for any. `connect` raises HardwareError where no joint
+    states come, or nobody takes commands."""
+
+    def __init__(self, spec: ArmSpec, config: DDSArmConfig | None = None) -> None:
+        self.spec = spec
+        self.config = config or DDSArmConfig()
+        self._node: DDSNode | None = None
+        self._width: float | None = None
+        self._order: list[int] | None = None
+
+    def connect(self) -> None:
+        config, node = self.config, DDSNode.open(self.config.node)
+        try:
+            self._joints: Subscription = node.subscription(config.joint_states, "sensor_msgs/msg/JointState", SENSOR)
+            self._fault: Subscription = node.subscription(config.fault, "std_msgs/msg/String", STATUS)
+            self._trajectory: Publisher = node.publisher(
+                config.trajectory, "trajectory_msgs/msg/JointTrajectory", COMMAND
+            )
+            self._gripper: Publisher = node.publisher(config.gripper, "std_msgs/msg/Float64MultiArray", COMMAND)
+            end = time.monotonic() + config.connect_timeout_s
+            if self._joints.wait(config.connect_timeout_s) is None:
+                raise HardwareError(f"no joint states come on {config.joint_states} {_where(node, config.node)}")
+            wanted = {config.trajectory: self._trajectory} | (
+                {config.gripper: self._gripper} if config.finger_joints else {}
+            )
+            for topic, publisher in wanted.items():
+                if not publisher.wait_for_subscribers(max(0.0, end - time.monotonic())):
+                    raise HardwareError(f"nobody takes commands on {topic} {_where(node, config.node)}")
+        except BaseException:
+            node.close()
+            raise
+        self._node, self._width, self._order = node, None, None
+        self.read()  # an arm with other joints is refused here, not in the loop
+
+    def read(self) -> ArmState:
+        """See `Arm.read`. Raises HardwareError before `connect`, and where joints are missing from the message."""
+        self._connected()
+        received = self._joints.latest()
+        if received is None:
+            raise HardwareError(f"no joint states have come on {self.config.joint_states}")
+        message = received.message
+        rows = self._rows(list(message.name))
+        position = np.asarray(message.position, np.float64)[rows]
+        velocity = np.asarray(message.velocity, np.float64)
+        velocity = velocity[rows] if len(velocity) else np.zeros(len(rows))
+        count, fault = self.spec.num_joints, self._fault.latest()
+        return ArmState(
+            position=position[:count],
+            velocity=velocity[:count],
+            gripper=float(position[count:].sum()),
+            stamp=received.stamp,
+            fault="" if fault is None else fault.message.data,
+        )
+
+    def send(self, command: Command) -> Command:
+        """Publishes joint targets, and the gripper's where it changed. Raises ValueError for another shape."""
+        node = self._connected()
+        target = np.asarray(command.position, np.float64)
+        if target.shape != (self.spec.num_joints,):
+            raise ValueError(f"{self.spec.name}: a command has {self.spec.num_joints} joints, got {target.shape}")
+        ahead = round(self.config.periods_ahead / self.spec.rate_hz * 1e9)
+        point = {
+            "positions": target,
+            "time_from_start": {"sec": ahead // 10**9, "nanosec": ahead % 10**9},
+        }
+        self._trajectory.publish(self._message(node, [point]))
+        if self.config.finger_joints and (
+            self._width is None or abs(command.gripper - self._width) >= self.config.gripper_step
+        ):
+            self._width = command.gripper
+            self._gripper.publish(node.message("std_msgs/msg/Float64MultiArray", {"data": [command.gripper]}))
+        return command
+
+    def stop(self, reason: str) -> None:
+        """An empty trajectory: the controller drops what it has and holds. The gripper keeps what it grips."""
+        node = self._node
+        if node is not None:
+            self._trajectory.publish(self._message(node, [], reason))
+
+    def close(self) -> None:
+        """Stops, and leaves the topics. Any number of times."""
+        if self._node is not None:
+            self.stop("closed")
+            time.sleep(0.02)  # the last message is on its way before its writer goes
+            self._node.close()
+            self._node = None
+
+    def _message(self, node: DDSNode, points: list[dict[str, Any]], frame_id: str = "") -> Any:
+        # A header stamp of zero: begin now, on the controller's own clock.
+        fields = {"header": {"frame_id": frame_id}, "joint_names": self.spec.joint_names, "points": points}
+        return node.message("trajectory_msgs/msg/JointTrajectory", fields)
+
+    def _rows(self, names: list[str]) -> list[int]:
+        """Where this arm's joints and fingers stand in the message, which may hold others, in any order."""
+        if self._order is None or len(names) <= max(self._order, default=-1):
+            wanted = (*self.spec.joint_names, *self.config.finger_joints)
+            missing = [name for name in wanted if name not in names]
+            if missing:
+                raise HardwareError(
+                    f"{self.config.joint_states} has no {', '.join(missing)}; it has {', '.join(names)}: give "
+                    "ArmSpec.joint_names and finger_joints as the robot calls them"
+                )
+            self._order = [names.index(name) for name in wanted]
+        return self._order
+
+    def _connected(self) -> DDSNode:
+        if self._node is None:
+            raise HardwareError(f"{self.spec.name} is not connected; call connect()")
+        return self._node
+
+
+class DDSCamera:
+    """See `interfaces.Camera`. `connect` raises HardwareError where no picture comes."""
+
+    def __init__(self, config: DDSCameraConfig) -> None:
+        self.name, self.config = config.name, config
+        self._node: DDSNode | None = None
+
+    def connect(self) -> None:
+        node = DDSNode.open(self.config.node)
+        self._images: Subscription = node.subscription(self.config.topic, "sensor_msgs/msg/Image", SENSOR)
+        if self._images.wait(self.config.connect_timeout_s) is None:
+            node.close()
+            raise HardwareError(f"no pictures come on {self.config.topic} {_where(node, self.config.node)}")
+        self._node = node
+
+    def latest(self) -> Picture:
+        """See `Camera.latest`. Raises HardwareError before `connect`, and for another encoding."""
+        received = None if self._node is None else self._images.latest()
+        if received is None:
+            raise HardwareError(f"camera {self.name} is not connected; call connect()")
+        stamp = received.message.header.stamp
+        return Picture(_pixels(received.message), received.stamp, stamp.sec * 10**9 + stamp.nanosec)
+
+    def close(self) -> None:
+        if self._node is not None:
+            self._node.close()
+            self._node = None
+
+
+def _pixels(image: Any) -> np.ndarray:
+    if image.encoding not in ("rgb8", "bgr8"):
+        raise HardwareError(f"pictures are encoded {image.encoding!r}; set the camera to rgb8 or bgr8")
+    rows = image.data.reshape(image.height, image.step)[:, : 3 * image.width]
+    pixels = rows.reshape(image.height, image.width, 3)
+    return pixels[..., ::-1] if image.encoding == "bgr8" else pixels
+
+
+def _where(node: DDSNode, config: NodeConfig) -> str:
+    return (
+        f"in domain {node.domain} on {config.network!r}. Is the arm's driver (or the twin: python -m "
+        "vla_rl.real_robot.twin) running, in the same ROS_DOMAIN_ID and on the same network?"
+    )
+
+
+__all__ = ["DDSArm", "DDSArmConfig", "DDSCamera", "DDSCameraConfig", "twin_arm_spec"]
