@@ -1,4 +1,4 @@
-"""A frozen flow policy that a small agent steers: by its noise (DSRL), by edits (EXPO), by a correction (residual).
+"""A frozen policy that a small agent steers: by its noise (DSRL), by edits (EXPO), by a correction (residual).
 
 The base policy and the agent's parameters are in one folder, so it is saved, evaluated and deployed like any other.
 """
@@ -26,7 +26,7 @@ from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
 from vla_rl.policies.build import PolicyConfig
 from vla_rl.policies.checkpoints.native import policy_class_of
 from vla_rl.policies.flow_mlp import FlowMLPConfig
-from vla_rl.protocols import LearnsFromPrefix, chunk_shape, require
+from vla_rl.protocols import LearnsFromPrefix, TokenPolicy, chunk_shape, require
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,22 @@ class SteeredPolicy(DeployedAgent):
         return self.action_normalizer.unnormalize(to_torch(chunk, self.action_normalizer.offset.device))
 
 
-def require_steerable(policy: nn.Module | None, horizon: int, action_spec: ActionSpec) -> None:
+def require_steerable(policy: nn.Module | None, horizon: int, action_spec: ActionSpec, agent: SteeringConfig) -> None:
     """Raise TypeError for a policy that makes no chunks of noise and a prefix, and ValueError where a chunk of the
-    agent, `horizon` steps, is not one of the policy, or the bounds are not finite."""
+    agent, `horizon` steps, is not one of the policy, where DSRL would choose noise that a policy of tokens does not
+    read, or where the bounds are not finite."""
     require(policy, LearnsFromPrefix, by="steering a frozen policy")
     own: Any = policy
     if horizon != own.action_horizon:
         raise ValueError(
             f"horizon is {horizon}, the policy predicts {own.action_horizon} steps; whole chunks are steered, so make "
             "train.horizon and policy.action_horizon equal"
+        )
+    greedy = isinstance(policy, TokenPolicy) and not getattr(own.config, "temperature", 0.0)
+    if greedy and isinstance(agent, DSRLConfig):
+        raise ValueError(
+            f"DSRL chooses the noise, and {type(policy).__name__} takes the most probable tokens whatever it is; give "
+            "it a temperature if it has one, or steer it by EXPO or a residual"
         )
     Normalizer.action_box(action_spec)
 

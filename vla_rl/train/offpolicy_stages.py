@@ -44,7 +44,7 @@ def build_learner(
         raise ValueError("this recipe improves a fine-tuned policy; give it with --policy")
     if isinstance(config, SteeringConfig):
         base: Any = policy
-        require_steerable(base, horizon, spec.action)
+        require_steerable(base, horizon, spec.action, config)
         return SteeredLearner(SteeredPolicy(SteeredPolicyConfig(base.config, config), base, spec.action), seed)
     if isinstance(config, PolicyLearnerConfig):
         assert policy is not None
@@ -80,7 +80,7 @@ def check_stages(config: OffPolicyConfig, spec: EnvSpec, policy: nn.Module | Non
         return state
 
     if isinstance(config.agent, SteeringConfig):
-        require_steerable(policy, config.horizon, spec.action)
+        require_steerable(policy, config.horizon, spec.action, config.agent)
     jax.eval_shape(first_states)
 
 
