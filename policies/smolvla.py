@@ -21,7 +21,7 @@ from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig, prefix_flow
 from vla_rl.policies.blocks.freezing import freeze, is_frozen
 from vla_rl.policies.blocks.images import Padding, to_unit_range
 from vla_rl.policies.blocks.prefix_cache import make_prefix, project, suffix_mask, suffix_positions
-from vla_rl.policies.blocks.sizes import require_sizes
+from vla_rl.policies.blocks.sizes import require_readable, require_room, require_sizes
 from vla_rl.policies.blocks.time_embedding import time_embedding
 from vla_rl.policies.blocks.tokenizer import TokenizerConfig
 from vla_rl.policies.blocks.vision_transformer import VisionTransformer, VisionTransformerConfig
@@ -92,17 +92,8 @@ class SmolVLAConfig:
     def __post_init__(self) -> None:
         if not 1 <= len(set(self.cameras)) == len(self.cameras):
             raise ValueError(f"SmolVLAConfig: cameras must be at least one, with different names: {self.cameras}")
-        if self.state_dim > self.max_state_dim or self.action_dim > self.max_action_dim:
-            raise ValueError(
-                f"SmolVLAConfig: state {self.state_dim} and action {self.action_dim} must fit into "
-                f"max_state_dim {self.max_state_dim} and max_action_dim {self.max_action_dim}"
-            )
-        for name in ("depth", "num_kv_heads", "head_dim"):
-            ours, theirs = getattr(self.expert, name), getattr(self.language, name)
-            if ours != theirs:
-                raise ValueError(
-                    f"SmolVLAConfig: the expert reads the language model's keys: {name} {ours} != {theirs}"
-                )
+        require_room(self)
+        require_readable(self)
         side = self.vision.image_size // self.vision.patch_size
         if side % self.pixel_shuffle:
             raise ValueError(

@@ -12,10 +12,9 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from tests.experiments.runner import Experiment, Method, main_of_task, start_of
+from tests.experiments.runner import Experiment, Method, envs_of, main_of_task, start_of
 from vla_rl.configs import get_recipe
 from vla_rl.envs.libero import LiberoConfig
-from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.train.loop import TrainConfig
 
 NUM_ENVS = 8
@@ -29,14 +28,11 @@ def _experiment(task: str) -> Experiment:
     assert isinstance(recipe.train, TrainConfig)
     assert isinstance(control, TrainConfig)
 
-    def make_env(num_envs: int, split: str, auto_reset: bool) -> ChunkedEnv:
-        return recipe.env.make(num_envs, split=split, auto_reset=auto_reset, final_images=auto_reset)
-
     return Experiment(
         name=f"libero_rl/{task.replace('/', '_')}",
         title=f"{task}: twenty demonstrations, then Flow-SDE PPO",
         prepare=start_of(recipe),
-        make_env=make_env,
+        make_env=envs_of(recipe),
         methods={
             "flow_sde": Method("Flow-SDE PPO", recipe.train),
             "control": Method("shuffled advantages", control, "control"),

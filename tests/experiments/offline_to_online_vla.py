@@ -14,10 +14,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.experiments.runner import Experiment, Method, main, start_of
+from tests.experiments.runner import Experiment, Method, envs_of, main, start_of
 from vla_rl.configs import get_recipe
 from vla_rl.data.replay import SamplingWeights
-from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.offpolicy.policy_learner import PolicyLearnerConfig
 from vla_rl.onpolicy import PPOConfig
 from vla_rl.train.loop import TrainConfig
@@ -28,9 +27,7 @@ assert isinstance(RECIPE.train, OffPolicyConfig)
 ENV_STEPS = RECIPE.train.online.num_env_steps if RECIPE.train.online else 0
 
 
-def make_env(num_envs: int, split: str, auto_reset: bool) -> ChunkedEnv:
-    """With pictures of episodes' ends where training needs them."""
-    return RECIPE.env.make(num_envs, split=split, auto_reset=auto_reset, final_images=auto_reset)
+make_env = envs_of(RECIPE)
 
 
 def on_policy(num_env_steps: int) -> TrainConfig:

@@ -83,6 +83,15 @@ def start_of(recipe: Recipe) -> Callable[[int, Path], None]:
     return prepare
 
 
+def envs_of(recipe: Recipe) -> Callable[[int, str, bool], ChunkedEnv]:
+    """`make_env` of an experiment, with pictures of episodes' ends where training needs them."""
+
+    def make_env(num_envs: int, split: str, auto_reset: bool) -> ChunkedEnv:
+        return recipe.env.make(num_envs, split=split, auto_reset=auto_reset, final_images=auto_reset)
+
+    return make_env
+
+
 def main_of_task(module: str, tasks: Mapping[str, str], argv: Sequence[str]) -> int:
     """`main` of a module with an experiment for each of `tasks` (task -> its name there); `--task` chooses."""
     parser = argparse.ArgumentParser(add_help=False)

@@ -9,23 +9,17 @@ at most .08 above its start.
 
 from __future__ import annotations
 
-from tests.experiments.runner import Experiment, Method, main, start_of
+from tests.experiments.runner import Experiment, Method, envs_of, main, start_of
 from vla_rl.configs import get_recipe
-from vla_rl.envs.vector import ChunkedEnv
 
 SDE, NOISE = get_recipe("tabletop_flow_sde"), get_recipe("tabletop_flow_noise")
-
-
-def make_env(num_envs: int, split: str, auto_reset: bool) -> ChunkedEnv:
-    """With pictures of episodes' ends where training needs them."""
-    return SDE.env.make(num_envs, split=split, auto_reset=auto_reset, final_images=auto_reset)
 
 
 EXPERIMENT = Experiment(
     name="tabletop_flow",
     title="Reach by picture and sentence: Flow-SDE and Flow-Noise",
     prepare=start_of(SDE),
-    make_env=make_env,
+    make_env=envs_of(SDE),
     methods={
         "flow_sde": Method("Flow-SDE", SDE.train),
         "flow_noise": Method("Flow-Noise", NOISE.train),

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import sys
 
-from tests.experiments.runner import Experiment, Method, main_of_task, start_of
+from tests.experiments.runner import Experiment, Method, envs_of, main_of_task, start_of
 from vla_rl.configs import get_recipe
-from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.train.loop import TrainConfig
 
 
@@ -24,14 +23,11 @@ def _experiment(family: str) -> Experiment:
     assert isinstance(recipe.train, TrainConfig)
     assert isinstance(control, TrainConfig)
 
-    def make_env(num_envs: int, split: str, auto_reset: bool) -> ChunkedEnv:
-        return recipe.env.make(num_envs, split=split, auto_reset=auto_reset, final_images=auto_reset)
-
     return Experiment(
         name=f"vla_families/{family}",
         title=f"{family}, tiny: fine-tuning, then PPO",
         prepare=start_of(recipe),
-        make_env=make_env,
+        make_env=envs_of(recipe),
         methods={"ppo": Method("PPO", recipe.train), "control": Method("shuffled advantages", control, "control")},
         num_episodes=256,
         first_episode=0,
