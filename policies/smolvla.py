@@ -268,4 +268,4 @@ class SmolVLA(nn.Module):
         )
 
 
-__all__ = ["SmolVLA", "SmolVLAConfig", "pixel_shuffle", "smolvla_size"]
+__all__ = ["SmolVLA", "SmolVLAConfig", "pixel_shuffle", "smollm", "smolvla_size"]

@@ -24,7 +24,7 @@ from vla_rl.policies.blocks.expert import ActionExpertConfig
 from vla_rl.policies.checkpoints.native import load_policy, save_policy
 from vla_rl.policies.hf_backbone import HFBackboneConfig, _patches
 from vla_rl.policies.hf_vlm import HFFlowConfig, HFFlowPolicy, HFTokenConfig, HFTokenPolicy, TokenHeadConfig
-from vla_rl.protocols import FlowPolicy, HasSupervisedLoss, HasVisionTokens, TokenPolicy, require
+from vla_rl.protocols import FlowPolicy, HasSupervisedLoss, HasVisionTokens, LearnsFromPrefix, TokenPolicy, require
 
 CAMERAS = ("agent", "wrist")
 
@@ -115,7 +115,7 @@ def test_pictures_are_those_of_their_processors():
 @pytest.mark.parametrize("name", VLMS)
 def test_flow_head(name, tmp_path):
     policy, obs = flow_policy(name), observation()
-    require(policy, FlowPolicy, HasVisionTokens, HasSupervisedLoss, by="the test")
+    require(policy, FlowPolicy, HasVisionTokens, HasSupervisedLoss, LearnsFromPrefix, by="the test")
     inputs = policy.preprocess(obs)
     prefix = policy.encode(inputs)
     seen = policy.with_image_tokens(inputs)
@@ -144,7 +144,7 @@ def test_flow_head(name, tmp_path):
 @pytest.mark.parametrize("name", VLMS)
 def test_token_head(name, decoding, tmp_path):
     policy, obs = token_policy(name, decoding), observation()
-    require(policy, TokenPolicy, HasVisionTokens, HasSupervisedLoss, by="the test")
+    require(policy, TokenPolicy, HasVisionTokens, HasSupervisedLoss, LearnsFromPrefix, by="the test")
     prefix = policy.encode(policy.preprocess(obs)).detach()
     sampler = TokenSampler(policy, TokenSamplerConfig(temperature=1.3))
     actions, trace = sampler.sample(prefix, generator())

@@ -26,7 +26,7 @@ from vla_rl.policies.checkpoints.native import load_policy, save_policy
 from vla_rl.policies.checkpoints.openvla import read_openvla
 from vla_rl.policies.checkpoints.openvla_tensors import public_tensors
 from vla_rl.policies.openvla import OpenVLA, OpenVLAConfig, openvla_7b_size
-from vla_rl.protocols import HasSupervisedLoss, HasVisionTokens, TokenPolicy, require
+from vla_rl.protocols import HasSupervisedLoss, HasVisionTokens, LearnsFromPrefix, TokenPolicy, require
 
 torch.set_num_threads(1)
 
@@ -208,7 +208,7 @@ def test_logits_and_actions_are_those_of_the_public_model(pretrained):
 def test_one_pass_gives_the_logits_of_decoding_step_by_step():
     torch.manual_seed(0)
     policy = OpenVLA(OpenVLAConfig(3, 4, action_horizon=3, chunk_dim=4))
-    require(policy, TokenPolicy, HasVisionTokens, HasSupervisedLoss, by="the test")
+    require(policy, TokenPolicy, HasVisionTokens, HasSupervisedLoss, LearnsFromPrefix, by="the test")
     prefix = policy.encode(policy.preprocess(observation()))
     seen, generator = [], torch.Generator().manual_seed(0)
 

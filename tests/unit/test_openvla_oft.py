@@ -23,7 +23,7 @@ from vla_rl.policies.openvla_oft import (
     ParallelConfig,
     parallel_7b,
 )
-from vla_rl.protocols import GaussianPolicy, HasSupervisedLoss, HasVisionTokens, TokenPolicy, require
+from vla_rl.protocols import GaussianPolicy, HasSupervisedLoss, HasVisionTokens, LearnsFromPrefix, TokenPolicy, require
 
 torch.set_num_threads(1)
 
@@ -77,7 +77,7 @@ def test_token_logits_are_those_of_the_public_model(tmp_path):
     tensors = public.model_tensors()
     public.write_folder(tmp_path, tensors)
     policy = read_openvla(tmp_path, openvla=OpenVLAOptions(decoding="parallel", action_horizon=2, center_crop=1.0))
-    require(policy, TokenPolicy, HasVisionTokens, HasSupervisedLoss, by="the test")
+    require(policy, TokenPolicy, HasVisionTokens, HasSupervisedLoss, LearnsFromPrefix, by="the test")
     obs = observation()
     prefix = policy.encode(policy.preprocess(obs))
     logits = policy.token_logits(prefix, torch.zeros(3, 14, dtype=torch.int64))
@@ -104,7 +104,7 @@ def test_token_logits_are_those_of_the_public_model(tmp_path):
 def test_noise_becomes_the_family_around_the_regressed_chunk(family):
     policy = build_policy(OpenVLAOFTConfig(noise_family=family, initial_std=0.2), spec(), seed=0)
     assert GaussianSampler(policy).family == family  # what is explored is what is deployed
-    require(policy, GaussianPolicy, HasVisionTokens, HasSupervisedLoss, by="the test")
+    require(policy, GaussianPolicy, HasVisionTokens, HasSupervisedLoss, LearnsFromPrefix, by="the test")
     assert not isinstance(policy, TokenPolicy)
     obs, noise = observation(), torch.zeros(3, 8, 7)
     mean, std = policy.distribution(policy.encode(policy.preprocess(obs)))

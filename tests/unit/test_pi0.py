@@ -11,10 +11,16 @@ from torch.nn import functional
 from transformers import PI0Config, PI0ForConditionalGeneration
 
 from tests.transformers_pi0 import names_of_ours, same_weights, their_inputs, transformers_pi0
-from vla_rl.core import ActionSpec, CameraSpec, EnvSpec, Observation
+from tests.unit.flow_vlas import (
+    ARM,
+    check_no_branch_on_data,
+    check_ratios,
+    check_training,
+    equal_layers,
+    scatter,
+)
+from tests.unit.flow_vlas import observation as any_observation
 from vla_rl.data.normalization import Normalizer
-from vla_rl.flow.config import FlowSamplerConfig
-from vla_rl.flow.sampler import FlowSampler
 from vla_rl.flow.sampling import ode
 from vla_rl.policies.blocks.decoder import DecoderConfig, block_mask, positions_of
 from vla_rl.policies.blocks.flow_matching import FlowMatchingConfig
@@ -25,7 +31,7 @@ from vla_rl.policies.blocks.vla_inputs import PromptConfig
 from vla_rl.policies.build import build_policy
 from vla_rl.policies.checkpoints.native import load_policy, save_policy
 from vla_rl.policies.pi0 import Pi0, Pi0Config, gemma, pi0_size
-from vla_rl.protocols import FlowPolicy, HasSupervisedLoss, HasVisionTokens, chunk_shape, require
+from vla_rl.protocols import FlowPolicy, HasSupervisedLoss, HasVisionTokens, LearnsFromPrefix, chunk_shape, require
 
 torch.set_num_threads(1)
 
@@ -51,24 +57,13 @@ PI05 = dataclasses.replace(
 BOTH = pytest.mark.parametrize("config", [SMALL, PI05], ids=["pi0", "pi05"])
 
 
-def scatter(module, std=0.1):
-    """Numbers that no part starts with, so that a missing part shows."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += std * torch.randn_like(parameter)
-    return module.eval()
-
-
 def make(config, seed=0):
     torch.manual_seed(seed)
     return scatter(Pi0(config))
 
 
-def observation(n=3, seed=0, cameras=("base", "wrist"), size=28, state_dim=6):
-    g = torch.Generator().manual_seed(seed)
-    images = {c: torch.randint(0, 256, (n, size, size, 3), generator=g, dtype=torch.uint8) for c in cameras}
-    sentences = ("pick", "push it", "open")
-    return Observation(images, torch.randn(n, state_dim, generator=g), tuple(sentences[i % 3] for i in range(n)))
+def observation(n=3, size=28):
+    return any_observation(n, size=size)
 
 
 # ------------------------------------------------------------------------------------------------------------- parity
@@ -228,15 +223,13 @@ def test_image_tokens_stand_for_pictures(config):
     torch.testing.assert_close(again.select(order).pooled, ours.pooled, rtol=1e-5, atol=1e-6)
     same = policy.encode(seen)
     assert torch.equal(same.pooled, ours.pooled)
-    assert all(
-        torch.equal(a, b) for x, y in zip(same.layers, ours.layers, strict=True) for a, b in zip(x, y, strict=True)
-    )
+    assert equal_layers(same, ours)
 
 
 @BOTH
 def test_prefix_and_pooled(config):
     policy = make(config)
-    require(policy, FlowPolicy, HasVisionTokens, HasSupervisedLoss, by="test")
+    require(policy, FlowPolicy, HasVisionTokens, HasSupervisedLoss, LearnsFromPrefix, by="test")
     inputs = policy.preprocess(observation())
     prefix = policy.encode(inputs)
     assert prefix.tokens.shape == (*inputs.tokens.shape[:1], 8 + inputs.tokens.shape[1], 0)
@@ -312,46 +305,17 @@ def test_supervised_loss_by_hand(loss_on_padding):
 @BOTH
 def test_training_reduces_the_loss(config):
     torch.manual_seed(0)
-    policy, obs, g = Pi0(config), observation(8), torch.Generator().manual_seed(0)
-    inputs, mask = policy.preprocess(obs), torch.ones(8, 5) > 0
-    actions = policy.normalize_actions(torch.tanh(obs.state[:, None, :4]).expand(8, 5, 4))
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=3e-3)
-    losses = []
-    for _ in range(40):
-        loss = policy.supervised_loss(inputs, actions, mask, g).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert sum(losses[-5:]) < 0.6 * sum(losses[:5]), losses
+    check_training(Pi0(config), observation(8))
 
 
 @pytest.mark.parametrize("low_precision", [(), ("vision", "projector", "language_model")], ids=["float32", "bf16_vlm"])
 def test_ratio_is_one_at_the_first_epoch(low_precision):
-    """What a batch of eight sampled is scored row by row, from a prefix made again. Measured: 2e-5 with both."""
+    """Measured: 2e-5 with both."""
     torch.manual_seed(0)
     policy = scatter(Pi0(Pi0Config(state_dim=6, action_dim=4, cameras=("base", "wrist"))))
     for name in low_precision:
         policy.get_submodule(name).to(torch.bfloat16)
-    sampler, obs = FlowSampler(policy, FlowSamplerConfig(num_steps=4)), observation(8, size=64)
-
-    def ratios():
-        scored = []
-        for row in range(8):
-            rows = torch.tensor([row])
-            again = policy.encode(policy.preprocess(obs.select(rows)))
-            scored.append((sampler.score(again, trace.select(rows)).values - trace.values[rows]).exp())
-        return torch.cat(scored)
-
-    with torch.no_grad():
-        prefix = policy.encode(policy.preprocess(obs))
-        assert prefix.pooled.dtype == torch.float32
-        assert prefix.layers[0].keys.dtype == (torch.bfloat16 if low_precision else torch.float32)
-        _, trace = sampler.sample(prefix, torch.Generator().manual_seed(0))
-        assert trace.values.shape == (8, 1)
-        assert (ratios() - 1).abs().max() < 1e-4, (ratios() - 1).abs().max()
-        policy.action_out_proj.bias += 0.01
-        assert (ratios() - 1).abs().max() > 1e-3
+    check_ratios(policy, observation(8, size=64), torch.bfloat16 if low_precision else torch.float32)
 
 
 @BOTH
@@ -374,11 +338,7 @@ def test_float32_norms_beside_bfloat16_matrices(config):
 
 
 def test_velocity_has_no_branch_on_data():
-    policy = make(PI05)
-    prefix = policy.encode(policy.preprocess(observation())).detach()
-    compiled = torch.compile(policy.velocity, backend="eager", fullgraph=True)
-    x_t, time = torch.randn(3, 5, 7), torch.tensor([0.9, 0.5, 0.1])
-    assert torch.equal(compiled(prefix, x_t, time).velocity, policy.velocity(prefix, x_t, time).velocity)
+    check_no_branch_on_data(make(PI05), observation())
 
 
 # ---------------------------------------------------------------------------------------------------- files and sizes
@@ -397,17 +357,9 @@ def test_saved_and_loaded_bit_for_bit(config, tmp_path):
 
 
 def test_built_for_an_environment():
-    spec = EnvSpec(
-        name="arm",
-        cameras={"front": CameraSpec(48, 64)},
-        state_names=("a", "b", "c"),
-        action=ActionSpec((-1.0, -1.0), (1.0, 1.0), ("x", "y")),
-        max_episode_steps=10,
-        control_hz=10.0,
-    )
-    policy = build_policy(Pi0Config(), spec, seed=0)
+    policy = build_policy(Pi0Config(), ARM, seed=0)
     assert sum(p.numel() for p in policy.parameters()) < 600_000
-    obs = observation(2, cameras=("front",), size=48, state_dim=3)
+    obs = any_observation(2, cameras=("front",), size=48, state_dim=3)
     assert policy.act(obs, torch.randn(2, 50, 32)).actions.shape == (2, 50, 2)
 
 

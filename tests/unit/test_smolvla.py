@@ -11,66 +11,49 @@ import torch
 from torch.nn import functional
 from transformers import SmolVLMConfig, SmolVLMModel
 
-from vla_rl.core import ActionSpec, CameraSpec, EnvSpec, Observation
+from tests.unit.flow_vlas import (
+    ARM,
+    check_no_branch_on_data,
+    check_ratios,
+    check_training,
+    equal_layers,
+    scatter,
+)
+from tests.unit.flow_vlas import observation as any_observation
 from vla_rl.data.normalization import Normalizer
-from vla_rl.flow.config import FlowSamplerConfig
-from vla_rl.flow.sampler import FlowSampler
 from vla_rl.flow.sampling import ode
-from vla_rl.policies.blocks.decoder import DecoderConfig
 from vla_rl.policies.blocks.images import to_unit_range
 from vla_rl.policies.blocks.tokenizer import TokenizerConfig
 from vla_rl.policies.blocks.vision_transformer import VisionTransformerConfig
 from vla_rl.policies.build import build_policy
 from vla_rl.policies.checkpoints.native import load_policy, save_policy
-from vla_rl.policies.smolvla import SmolVLA, SmolVLAConfig, smolvla_size
-from vla_rl.protocols import FlowPolicy, HasSupervisedLoss, HasVisionTokens, chunk_shape, require
+from vla_rl.policies.smolvla import SmolVLA, SmolVLAConfig, smollm, smolvla_size
+from vla_rl.protocols import FlowPolicy, HasSupervisedLoss, HasVisionTokens, LearnsFromPrefix, chunk_shape, require
 
 torch.set_num_threads(1)
 
-LANGUAGE = DecoderConfig(
-    width=64,
-    depth=4,
-    mlp_width=128,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    vocab_size=300,
-    norm_offset=False,
-    norm_eps=1e-5,
-    activation="silu",
-    embedding_scale=8.0,
-)
 SMALL = SmolVLAConfig(
     state_dim=6,
     action_dim=4,
-    cameras=("top", "wrist"),
+    cameras=("base", "wrist"),
     action_horizon=5,
     max_state_dim=8,
     max_action_dim=7,
     vision=VisionTransformerConfig(width=32, depth=2, mlp_width=64, num_heads=2, image_size=56, patch_size=14),
     pixel_shuffle=2,
-    language=LANGUAGE,
-    expert=dataclasses.replace(
-        LANGUAGE, width=48, mlp_width=96, vocab_size=0, embedding_scale=1.0, cross_attention_every=2
-    ),
+    language=smollm(64, 4, 128, (4, 2, 16), vocab_size=300),
+    expert=smollm(48, 4, 96, (4, 2, 16)),
     tokenizer=TokenizerConfig(max_tokens=12),
 )
 
 
 def make(config=SMALL, seed=0):
     torch.manual_seed(seed)
-    policy = SmolVLA(config)
-    with torch.no_grad():
-        for parameter in policy.parameters():  # numbers that no part starts with, so that a missing part shows
-            parameter += 0.1 * torch.randn_like(parameter)
-    return policy.eval()
+    return scatter(SmolVLA(config))
 
 
-def observation(n=3, seed=0, cameras=("top", "wrist"), size=56, state_dim=6):
-    g = torch.Generator().manual_seed(seed)
-    images = {c: torch.randint(0, 256, (n, size, size, 3), generator=g, dtype=torch.uint8) for c in cameras}
-    sentences = ("pick", "push it", "open")
-    return Observation(images, torch.randn(n, state_dim, generator=g), tuple(sentences[i % 3] for i in range(n)))
+def observation(n=3, size=56):
+    return any_observation(n, size=size)
 
 
 # ------------------------------------------------------------------------------------------------------------- parity
@@ -206,7 +189,7 @@ def test_image_tokens_equal_those_of_transformers():
     assert not [name for name in unread if name.startswith(("vision", "connector"))]
     inputs = ours.preprocess(observation())
     with torch.no_grad():
-        pixels = torch.stack([to_unit_range(inputs.images[c]) for c in ("top", "wrist")], dim=1)
+        pixels = torch.stack([to_unit_range(inputs.images[c]) for c in ("base", "wrist")], dim=1)
         expected = torch.stack(list(theirs.get_image_features(pixels).pooler_output)).reshape(3, 8, 64)
         difference = (ours.with_image_tokens(inputs).image_tokens - expected).abs().max().item()
     assert difference < 1e-5, difference
@@ -245,15 +228,13 @@ def test_marks_around_pictures():
 
 def test_image_tokens_stand_for_pictures():
     policy = make()
-    require(policy, FlowPolicy, HasVisionTokens, HasSupervisedLoss, by="test")
+    require(policy, FlowPolicy, HasVisionTokens, HasSupervisedLoss, LearnsFromPrefix, by="test")
     inputs = policy.preprocess(observation())
     seen = policy.with_image_tokens(inputs)
     assert (dict(seen.images), tuple(seen.image_tokens.shape)) == ({}, (3, 8, 64))
     same, ours = policy.encode(seen), policy.encode(inputs)
     assert torch.equal(same.pooled, ours.pooled)
-    assert all(
-        torch.equal(a, b) for x, y in zip(same.layers, ours.layers, strict=True) for a, b in zip(x, y, strict=True)
-    )
+    assert equal_layers(same, ours)
     assert ours.pooled.shape == (3, policy.feature_dim)
     assert torch.equal(ours.pooled[:, 64:], inputs.state)
     assert chunk_shape(policy) == (5, 7)
@@ -283,50 +264,19 @@ def test_every_parameter_that_is_not_frozen_learns_through_the_cache():
 
 def test_training_reduces_the_loss():
     torch.manual_seed(0)
-    policy, obs, g = SmolVLA(SMALL), observation(8), torch.Generator().manual_seed(0)
-    inputs, mask = policy.preprocess(obs), torch.ones(8, 5) > 0
-    actions = policy.normalize_actions(torch.tanh(obs.state[:, None, :4]).expand(8, 5, 4))
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=3e-3)
-    losses = []
-    for _ in range(40):
-        loss = policy.supervised_loss(inputs, actions, mask, g).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert sum(losses[-5:]) < 0.6 * sum(losses[:5]), losses
+    check_training(SmolVLA(SMALL), observation(8))
 
 
 @pytest.mark.parametrize("low_precision", [(), ("vision", "connector", "language_model")], ids=["float32", "bf16_vlm"])
 def test_ratio_is_one_at_the_first_epoch(low_precision):
-    """What a batch of eight sampled is scored row by row, from a prefix made again."""
-    policy = make(SmolVLAConfig(state_dim=6, action_dim=4, cameras=("top", "wrist")))
+    policy = make(SmolVLAConfig(state_dim=6, action_dim=4, cameras=("base", "wrist")))
     for name in low_precision:
         policy.get_submodule(name).to(torch.bfloat16)
-    sampler, obs = FlowSampler(policy, FlowSamplerConfig(num_steps=4)), observation(8, size=64)
-
-    def ratios():
-        scored = []
-        for row in range(8):
-            rows = torch.tensor([row])
-            again = policy.encode(policy.preprocess(obs.select(rows)))
-            scored.append((sampler.score(again, trace.select(rows)).values - trace.values[rows]).exp())
-        return torch.cat(scored)
-
-    with torch.no_grad():
-        _, trace = sampler.sample(policy.encode(policy.preprocess(obs)), torch.Generator().manual_seed(0))
-        assert trace.values.dtype == torch.float32
-        assert (ratios() - 1).abs().max() < 1e-4, (ratios() - 1).abs().max()
-        policy.action_out_proj.bias += 0.01
-        assert (ratios() - 1).abs().max() > 1e-3
+    check_ratios(policy, observation(8, size=64), torch.bfloat16 if low_precision else torch.float32)
 
 
 def test_velocity_has_no_branch_on_data():
-    policy = make()
-    prefix = policy.encode(policy.preprocess(observation())).detach()
-    compiled = torch.compile(policy.velocity, backend="eager", fullgraph=True)
-    x_t, time = torch.randn(3, 5, 7), torch.tensor([0.9, 0.5, 0.1])
-    assert torch.equal(compiled(prefix, x_t, time).velocity, policy.velocity(prefix, x_t, time).velocity)
+    check_no_branch_on_data(make(), observation())
 
 
 # ---------------------------------------------------------------------------------------------------- files and sizes
@@ -347,17 +297,9 @@ def test_saved_and_loaded_bit_for_bit(tmp_path):
 
 
 def test_built_for_an_environment():
-    spec = EnvSpec(
-        name="arm",
-        cameras={"front": CameraSpec(48, 64)},
-        state_names=("a", "b", "c"),
-        action=ActionSpec((-1.0, -1.0), (1.0, 1.0), ("x", "y")),
-        max_episode_steps=10,
-        control_hz=10.0,
-    )
-    policy = build_policy(SmolVLAConfig(), spec, seed=0)
+    policy = build_policy(SmolVLAConfig(), ARM, seed=0)
     assert sum(p.numel() for p in policy.parameters()) < 800_000
-    obs = observation(2, cameras=("front",), size=48, state_dim=3)
+    obs = any_observation(2, cameras=("front",), size=48, state_dim=3)
     assert policy.act(obs, torch.randn(2, 50, 32)).actions.shape == (2, 50, 2)
 
 
