@@ -193,7 +193,8 @@ def train_command(argv: list[str]) -> int:
     join_learners()
     inputs = {"policy": o.policy_dir, "dataset": o.dataset}
     wait_for_all(lambda: open_run_folder(o.run_dir, o.recipe, resume=o.resume, kind="train", inputs=inputs))
-    result = reinforce(o.recipe, o.policy_dir, o.run_dir, resume=o.resume, dataset_path=o.dataset)
+    shard = o.learners.shard
+    result = reinforce(o.recipe, o.policy_dir, o.run_dir, resume=o.resume, dataset_path=o.dataset, shard=shard)
     if learner() == 0:
         print(f"{result.num_iterations} iterations in {result.wall_s:.0f} s; policy: {result.policy_folder}")
     leave_learners()

@@ -11,12 +11,20 @@ import pytest
 import torch
 
 from vla_rl.core import Observation
+from vla_rl.envs.two_way_reach import make_two_way_reach
 from vla_rl.flow.config import FlowSamplerConfig
 from vla_rl.flow.sampler import FlowSampler
+from vla_rl.onpolicy import CriticConfig, PPOConfig
 from vla_rl.onpolicy.actor import ActorConfig, ActorData, ActorUpdate
 from vla_rl.policies.adaptation import AdaptationConfig, LoRAConfig, apply_adaptation, plain_state_dict
+from vla_rl.policies.blocks.expert import ActionExpertConfig
+from vla_rl.policies.checkpoints.native import load_policy
 from vla_rl.policies.pi0 import Pi0, Pi0Config
+from vla_rl.policies.tiny import TinyVLA, TinyVLAConfig
+from vla_rl.rollout.ray_config import RolloutConfig
 from vla_rl.train.distributed import is_divided, join_learners, learner, leave_learners, num_learners, same_start
+from vla_rl.train.loop import TrainConfig, Trainer, run_training
+from vla_rl.train.metrics import read_metrics
 from vla_rl.train.sharding import shard_layers, whole_state
 
 ROOT = Path(__file__).parents[2]
@@ -72,8 +80,59 @@ def learn(folder):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     assert join_learners()
-    torch.save({name: update(*case) for name, case in CASES.items()}, Path(folder) / f"{learner()}.pt")
+    left = {name: update(*case) for name, case in CASES.items()} | {name: run_twice(name, folder) for name in RUNS}
+    torch.save(left, Path(folder) / f"{learner()}.pt")
     leave_learners()
+
+
+# ------------------------------------------------------------------------------------------------------- runs of PPO
+RUNS = {"frozen encoder": True, "learning encoder": False}
+
+
+def train(name, folder, num_iterations=3, **options):
+    """PPO of a TinyVLA without cameras; its scores are computed again before each update."""
+    torch.manual_seed(0)
+    expert = ActionExpertConfig(width=16, num_layers=2, num_heads=2)
+    policy = TinyVLA(TinyVLAConfig(5, 2, (), action_horizon=4, expert=expert))
+    actor = ActorConfig(minibatch_size=64, num_epochs=2, target_kl=None, recompute_log_probs=True)
+    config = TrainConfig(
+        num_envs=8,
+        num_iterations=num_iterations,
+        freeze_encoder=RUNS[name],
+        eval_interval=2,
+        algorithm=PPOConfig(
+            num_decisions=4, critic_warmup_iterations=0, actor=actor, critic=CriticConfig(minibatch_size=64)
+        ),
+    )
+    calls = []
+
+    def evaluate():
+        calls.append(sum(is_divided(p) for p in policy.parameters()))
+        policy.act(Observation({}, torch.zeros(1, 5), ("go",)), torch.zeros(1, 4, 2))
+        return {"eval/calls": float(len(calls))}
+
+    shard = num_learners() > 1
+    run_training(
+        policy, make_two_way_reach, config, folder, evaluate=evaluate, tensorboard=False, shard=shard, **options
+    )
+    assert calls == ([0, 0] if num_iterations == 3 and learner() == 0 and not options else [0] * len(calls))
+    assert learner() == 0 or not calls
+    return policy
+
+
+def run_twice(name, folder):
+    """In one go, and in two parts."""
+    folder = Path(folder) / name
+    whole = train(name, folder / "whole")
+    train(name, folder / "parts", 2)
+    resumed = train(name, folder / "parts", resume=True)
+    with pytest.raises(ValueError, match="workers take copies"):
+        Trainer(resumed, make_two_way_reach, TrainConfig(), rollout=RolloutConfig(workers=1), shard=True)
+    return {
+        "whole": whole_state(plain_state_dict(whole)),
+        "resumed": whole_state(plain_state_dict(resumed)),
+        "divided": [is_divided(p) for p in whole.parameters()],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +151,7 @@ def learned(tmp_path_factory):
         for rank in range(2)
     ]
     assert [p.wait(timeout=200) for p in processes] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return [*(torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)), folder]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -100,7 +159,7 @@ def test_two_learners_update_an_adapted_policy_as_one(learned, case):
     """Frozen parts, adapters, layers whose last projections are read by nobody; three rows here and two there."""
     torch.set_num_threads(1)
     precision, shard = CASES[case]
-    one, (first, second) = update(precision), (both[case] for both in learned)
+    one, (first, second) = update(precision), (both[case] for both in learned[:2])
     assert one["divided"] == 0
     assert (first["divided"] > 50) == shard
     assert (first["held"] < 0.8 * one["held"]) == shard
@@ -121,6 +180,25 @@ def test_two_learners_update_an_adapted_policy_as_one(learned, case):
         expected = pytest.approx(one["metrics"][name], rel=1e-3 if exact else 3e-2, abs=1e-5)
         assert first["metrics"][name] == expected, name
     assert first["metrics"]["actor_grad_norm"] > 0.1  # so clipping was at work
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_two_that_divide_layers_is_that_of_one(learned, tmp_path, name):
+    """Rollouts, updates, evaluations by the first alone, a checkpoint that goes on bit for bit, a policy that loads."""
+    torch.set_num_threads(1)
+    one = train(name, tmp_path / "one")
+    first, second = (both[name] for both in learned[:2])
+    saved = load_policy(learned[2] / name / "whole" / "policy").state_dict()
+    assert any(first["divided"])
+    for key, value in one.state_dict().items():
+        assert torch.equal(first["whole"][key], second["whole"][key]), key
+        assert torch.equal(first["whole"][key], first["resumed"][key]), key
+        assert torch.equal(first["whole"][key], saved[key]), key
+        torch.testing.assert_close(saved[key], value, atol=2e-5, rtol=1e-3, msg=key)
+    ours, theirs = (read_metrics(folder) for folder in (learned[2] / name / "whole", tmp_path / "one"))
+    assert [row.get("eval/calls") for row in ours] == [None, 1.0, 2.0]
+    for metric in ("update/policy_loss", "update/actor_grad_norm", "rollout/episodes_finished"):
+        assert [row[metric] for row in ours] == pytest.approx([row[metric] for row in theirs], rel=1e-3, abs=1e-5)
 
 
 def test_there_must_be_somebody_to_share_with():

@@ -14,9 +14,17 @@ from vla_rl.flow.likelihood import LogProb, chain_kl, k3_divergence
 from vla_rl.flow.sampler import ChunkSampler
 from vla_rl.protocols import HasSupervisedLoss, PolicyInputs, Prefix, require, trainable_parameters
 from vla_rl.rollout.collector import RolloutBatch
-from vla_rl.train.distributed import average_gradients, mean_over_learners, num_minibatches
+from vla_rl.train.distributed import average_gradients, is_divided, mean_over_learners, num_minibatches
 from vla_rl.train.divergence import require_finite
-from vla_rl.train.sharding import clip_gradients, loss_share, optimizer_groups
+from vla_rl.train.sharding import (
+    clip_gradients,
+    load_optimizer_state,
+    load_whole,
+    loss_share,
+    optimizer_groups,
+    optimizer_state,
+    whole_layers,
+)
 
 DemoSource = Callable[[int], tuple[PolicyInputs, Tensor, Tensor]]
 """Batch size -> inputs, normalised actions [M, H, A], mask bool [M, H]."""
@@ -190,6 +198,10 @@ class ActorUpdate:
         )
         self._reference: ChunkSampler | None = None
         if config.reference_kl_coef > 0.0:
+            if any(is_divided(p) for p in sampler.policy.parameters()):
+                raise ValueError(
+                    "reference_kl_coef keeps a second policy, and a divided one cannot be copied; set it to 0"
+                )
             self._reference = copy.deepcopy(sampler)
             self._reference.policy.requires_grad_(False)
 
@@ -240,7 +252,8 @@ class ActorUpdate:
         reference = None if self._reference is None else self._score_all(self._reference, data)
         if not self.config.recompute_log_probs:
             return _FixedScores(data.trace.values, data.trace.log_prob, reference)
-        score = self._score_all(self.sampler, data)
+        with whole_layers(self.sampler.policy):  # learners have different numbers of rows here
+            score = self._score_all(self.sampler, data)
         return _FixedScores(score.values, score.joint, reference)
 
     @torch.no_grad()
@@ -315,17 +328,18 @@ class ActorUpdate:
         return float(norm)
 
     def state_dict(self) -> dict[str, Any]:
+        """Of a divided policy divided, too; `whole_state` makes it whole, and `load_state_dict` takes it so."""
         return {
             "policy": self.sampler.policy.state_dict(),
             "noise_head": None if self.noise_head is None else self.noise_head.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": optimizer_state(self._optimizer, self._parameters),
             "reference": None if self._reference is None else self._reference.policy.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sampler.policy.load_state_dict(state["policy"])
+        load_whole(self.sampler.policy, state["policy"])
         if self.noise_head is not None:
             self.noise_head.load_state_dict(state["noise_head"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self._optimizer, self._parameters, state["optimizer"])
         if self._reference is not None:
             self._reference.policy.load_state_dict(state["reference"])

@@ -19,6 +19,8 @@ from vla_rl.envs.task_mix import TaskMixEnv
 from vla_rl.flow.noise import RowNoise
 from vla_rl.flow.sampler import ChunkSampler
 from vla_rl.protocols import HasVisionTokens, PolicyInputs, Prefix
+from vla_rl.train.distributed import any_learner
+from vla_rl.train.sharding import whole_layers
 
 DEFAULT_PREFIX_CACHE_GIB = 8.0
 
@@ -251,11 +253,12 @@ class RolloutCollector:
         if self._obs is None:
             self._reset(self._env_seeds)
         window = _Window(num_decisions)
-        for t in range(num_decisions):
-            step = self._decide(window)
-            window.executed.append(step.executed)
-            self._count(window, step, step.ended)
-            self._successors(window, step, last=t == num_decisions - 1)
+        with whole_layers(self.sampler.policy):
+            for t in range(num_decisions):
+                step = self._decide(window)
+                window.executed.append(step.executed)
+                self._count(window, step, step.ended)
+                self._successors(window, step, last=t == num_decisions - 1)
         return self._batch(window)
 
     def collect_episodes(self, seeds: Sequence[int]) -> RolloutBatch:
@@ -325,7 +328,7 @@ class RolloutCollector:
             prefix = self._encode(inputs)
         if fresh:
             needed = window.num_decisions * prefix.num_bytes
-            window.keeps_prefix = policy.encoder_is_frozen and needed <= self._cache_bytes
+            window.keeps_prefix = policy.encoder_is_frozen and not any_learner(needed > self._cache_bytes)
         normalized, trace = self._sample(prefix, decision=len(window.traces))
         actions = policy.unnormalize_actions(normalized)[:, : self.execution_horizon]
         step = self.env.step(actions.to(self._observed().state.device))

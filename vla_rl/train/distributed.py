@@ -160,10 +160,11 @@ def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def same_start(module: nn.Module) -> None:
-    """Give every learner the parameters and buffers of learner 0."""
+    """Give every learner the parameters and buffers of learner 0. Divided ones are of all together anyway."""
     if num_learners() > 1:
         for tensor in (*module.parameters(), *module.buffers()):
-            dist.broadcast(tensor.data, src=0)
+            if not is_divided(tensor):
+                dist.broadcast(tensor.data, src=0)
 
 
 def wait_for_all(write: Callable[[], object]) -> None:

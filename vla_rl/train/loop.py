@@ -21,6 +21,7 @@ from vla_rl.onpolicy.build import AlgorithmConfig, SamplerConfig, build_learner,
 from vla_rl.onpolicy.dppo import DenoisingDiscount
 from vla_rl.onpolicy.ppo import PPOConfig
 from vla_rl.onpolicy.process_reward import ProgressLabels
+from vla_rl.policies.adaptation import plain_state_dict
 from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.native import save_policy
 from vla_rl.progress import Progress
@@ -44,6 +45,7 @@ from vla_rl.train.distributed import (
 from vla_rl.train.divergence import dumping
 from vla_rl.train.interrupt import StopOnInterrupt
 from vla_rl.train.metrics import Metrics, MetricsLogger
+from vla_rl.train.sharding import shard_layers, whole_layers, whole_state
 
 STATE_FILE, POLICY_FOLDER, DIVERGED_FILE = "train_state.pt", "policy", "diverged_batch.safetensors"
 MAY_CHANGE = ("num_iterations", "eval_interval", "checkpoint_interval")  # across a resume
@@ -127,7 +129,10 @@ MakeEnv = Callable[[int], ChunkedEnv]
 
 
 class Trainer:
-    """What one on-policy run consists of: the policy, who collects with it and who improves it."""
+    """What one on-policy run consists of: the policy, who collects with it and who improves it.
+
+    `shard`: several learners divide the policy's layers while they learn; to collect, each has all of it.
+    """
 
     def __init__(
         self,
@@ -137,6 +142,8 @@ class Trainer:
         demos: DatasetDemos | None = None,
         rollout: RolloutConfig | None = None,
         progress_demos: ProgressLabels | None = None,
+        *,
+        shard: bool = False,
     ) -> None:
         self.policy: Any = policy
         self.config = config
@@ -146,6 +153,12 @@ class Trainer:
             if not isinstance(config.algorithm, PPOConfig) or demos is not None:
                 raise ValueError("several learners are for PPO without bc_coef; start this run without torchrun")
             same_start(policy)
+        if shard:
+            if rollout is not None and rollout.workers:
+                raise ValueError(
+                    "learners.shard: workers take copies, and a divided policy cannot be copied; leave one out"
+                )
+            shard_layers(policy)
         seed = config.algorithm.seed
         self._demos = demos
         sampler = build_sampler(policy, config.sampler, seed=seed)
@@ -170,7 +183,9 @@ class Trainer:
     def save(self, run_dir: Path) -> None:
         """The policy for whoever uses it, then the state to go on from."""
         metadata = {"iterations": self.num_iterations}
-        learner_state = self.learner.state_dict()
+        is_first = learner() == 0
+        learner_state = whole_state(self.learner.state_dict(), keep=is_first)
+        plain = whole_state(plain_state_dict(self.policy), keep=is_first)
         own = gather({"collector": self._collector.state_dict(), "generator": learner_state["generator"]})
         state = {
             "config": config_to_dict(self.config),
@@ -182,7 +197,7 @@ class Trainer:
         }
 
         def write() -> None:
-            save_policy(self.policy, run_dir / POLICY_FOLDER, spec=self.spec, metadata=metadata)
+            save_policy(self.policy, run_dir / POLICY_FOLDER, spec=self.spec, metadata=metadata, state=plain)
             save_state(run_dir / STATE_FILE, state)
 
         wait_for_all(write)
@@ -253,12 +268,14 @@ def run_training(
     rollout: RolloutConfig | None = None,
     progress_demos: ProgressLabels | None = None,
     tensorboard: bool = True,
+    shard: bool = False,
 ) -> TrainResult:
     """Improve `policy` in place in `env` (with auto-reset); at the end it is what lies in `run_dir/policy`.
 
     `env`: environments, or a function that builds so many of them, which `rollout.workers` need; those are closed.
 
-    `evaluate()` gives metrics of the policy as it is, every `eval_interval` iterations. Ctrl-C stops after the running
+    `evaluate()` gives metrics of the policy as it is, every `eval_interval` iterations; the first learner calls it.
+    `shard`: see `Trainer`; the layers stay divided. Ctrl-C stops after the running
     iteration, saves, and returns with `finished` False. `resume=True` goes on from `run_dir`, or starts where nothing
     was saved. Raises FileExistsError where a run would be overwritten, CheckpointError where the stored run is another,
     DivergenceError for a loss that is not finite: its batch is then in `run_dir/diverged_batch.safetensors`, and the
@@ -267,12 +284,16 @@ def run_training(
     given = isinstance(env, ChunkedEnv)
     if given and rollout is not None and rollout.workers:
         raise ValueError("rollout.workers build environments of their own: give a function that does")
-    trainer = Trainer(
-        policy, (lambda _: env) if isinstance(env, ChunkedEnv) else env, config, demos, rollout, progress_demos
-    )
+    make_env = (lambda _: env) if isinstance(env, ChunkedEnv) else env
+    trainer = Trainer(policy, make_env, config, demos, rollout, progress_demos, shard=shard)
+
+    def evaluate_alone() -> Mapping[str, float]:
+        with whole_layers(policy):
+            return evaluate() if evaluate is not None and learner() == 0 else {}
+
     try:
         return run_iterations(
-            trainer, run_dir, config, label="rl", resume=resume, evaluate=evaluate, tensorboard=tensorboard
+            trainer, run_dir, config, label="rl", resume=resume, evaluate=evaluate_alone, tensorboard=tensorboard
         )
     finally:
         if not given:
@@ -307,7 +328,7 @@ def run_iterations(
             with dumping(run_dir / DIVERGED_FILE, run_dir / STATE_FILE):
                 metrics = trainer.iterate()
             done = trainer.num_iterations
-            if evaluate is not None and is_first and _is_due(done, schedule.eval_interval, total):
+            if evaluate is not None and _is_due(done, schedule.eval_interval, total):
                 metrics |= evaluate()
             log.log(done, metrics)
             success = metrics.get("rollout/success_rate")

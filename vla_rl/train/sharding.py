@@ -20,6 +20,7 @@ from vla_rl.train.distributed import is_divided, num_learners, sum_over_learners
 
 def shard_layers(policy: nn.Module) -> None:
     """Divide `policy`, which is the same on all learners (`same_start`), in place; optimisers are built after that.
+    Nothing to do where it is divided already.
 
     From now on all learners must call it equally often, or they wait for each other for ever. Raises ValueError where
     there is one learner, or nothing to divide.
@@ -29,6 +30,8 @@ def shard_layers(policy: nn.Module) -> None:
         raise ValueError("there is one learner, which has nobody to share layers with; start several with torchrun")
     if not layers:
         raise ValueError(f"{type(policy).__name__} has no transformer layers to divide among learners")
+    if any(is_divided(p) for p in policy.parameters()):
+        return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -151,11 +151,18 @@ def save_untrained(recipe: Recipe, dataset_path: Path, folder: Path) -> None:
 
 
 def reinforce(
-    recipe: Recipe, policy_folder: Path | None, run_dir: Path, *, resume: bool, dataset_path: Path | None = None
+    recipe: Recipe,
+    policy_folder: Path | None,
+    run_dir: Path,
+    *,
+    resume: bool,
+    dataset_path: Path | None = None,
+    shard: bool = False,
 ) -> TrainResult:
     """Reinforcement learning of a stored policy, or of an agent of its own (`policy_folder` None).
 
-    `dataset_path`: for learning from replay, and for a behaviour-cloning term. Raises ValueError where one is missing.
+    `dataset_path`: for learning from replay, and for a behaviour-cloning term. `shard`: several learners divide the
+    policy's layers. Raises ValueError where something is missing.
     """
     if recipe.fine_tunes and policy_folder is None:
         raise ValueError("this recipe improves a fine-tuned policy; give it with --policy")
@@ -163,7 +170,7 @@ def reinforce(
         raise ValueError("this recipe trains an agent of its own; leave --policy out")
     if not isinstance(recipe.train, OffPolicyConfig):
         assert policy_folder is not None
-        return _reinforce_on_policy(recipe, recipe.train, policy_folder, run_dir, resume, dataset_path)
+        return _reinforce_on_policy(recipe, recipe.train, policy_folder, run_dir, resume, dataset_path, shard)
 
     def make_env(num_envs: int) -> ChunkedEnv:
         return recipe.env.make(num_envs, split="train", auto_reset=True, final_images=True)
@@ -180,7 +187,13 @@ def reinforce(
 
 
 def _reinforce_on_policy(
-    recipe: Recipe, config: TrainConfig, policy_folder: Path, run_dir: Path, resume: bool, dataset_path: Path | None
+    recipe: Recipe,
+    config: TrainConfig,
+    policy_folder: Path,
+    run_dir: Path,
+    resume: bool,
+    dataset_path: Path | None,
+    shard: bool,
 ) -> TrainResult:
     rollout, env_config = recipe.rollout, recipe.env
     if rollout.workers and isinstance(env_config, EnvConfig) and env_config.num_threads is None:
@@ -216,6 +229,7 @@ def _reinforce_on_policy(
         demos=demos,
         rollout=rollout,
         progress_demos=progress_demos,
+        shard=shard,
     )
 
 
