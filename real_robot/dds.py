@@ -219,7 +219,7 @@ class Subscription:
             samples = self._reader.take(self._depth)
             stamp = time.monotonic()
             for sample in samples:
-                if hasattr(sample, "cdr"):  # else the notice that a writer is gone
+                if sample.sample_info.valid_data:  # else the notice that a writer is gone
                     self._take(sample, stamp)
 
     def _take(self, sample: Any, stamp: float) -> None:

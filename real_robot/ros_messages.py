@@ -66,9 +66,9 @@ class MessageTypes:
         return None if self.distro == "humble" else self.store.hash_rihs01(type_name)
 
     def sample_class(self, type_name: str) -> type:
-        """The IdlStruct that cyclonedds makes a topic of. cyclonedds calls two things on it, `serialize` on what is
-        written and `deserialize` on what came in: both pass on bytes, so that its coder in Python, a thousand times
-        slower on a picture, is never run."""
+        """The IdlStruct that cyclonedds makes a topic of. cyclonedds calls `serialize` on what is written and
+        `deserialize` on what came in: both pass on bytes, so that its coder in Python, a thousand times slower on a
+        picture, is never run. So does the notice that a writer is gone, which has a key and no data."""
         if type_name not in self._samples:
             sample = self._idl(type_name, {})
 
@@ -82,6 +82,7 @@ class MessageTypes:
 
             sample.serialize = to_bytes  # type: ignore[attr-defined]
             sample.deserialize = classmethod(from_bytes)  # type: ignore[attr-defined]
+            sample.deserialize_key = classmethod(from_bytes)  # type: ignore[attr-defined]
             self._samples[type_name] = sample
         return self._samples[type_name]
 
