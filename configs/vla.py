@@ -16,11 +16,12 @@ from vla_rl.flow.config import FlowSamplerConfig
 from vla_rl.onpolicy import PPOConfig
 from vla_rl.onpolicy.build import GaussianSamplerConfig, SamplerConfig
 from vla_rl.onpolicy.tokens import TokenSamplerConfig
+from vla_rl.policies.blocks.prismatic import PrismaticInputsConfig
 from vla_rl.policies.blocks.tokenizer import TokenizerConfig
 from vla_rl.policies.blocks.vla_inputs import PromptConfig
 from vla_rl.policies.build import PolicyConfig
 from vla_rl.policies.openvla import OpenVLAConfig
-from vla_rl.policies.openvla_oft import OpenVLAOFTConfig, OpenVLAOFTTokensConfig
+from vla_rl.policies.openvla_oft import OpenVLAOFTConfig, OpenVLAOFTTokensConfig, ParallelConfig
 from vla_rl.policies.pi0 import Pi0Config
 from vla_rl.policies.smolvla import SmolVLAConfig
 from vla_rl.train.loop import TrainConfig
@@ -28,6 +29,8 @@ from vla_rl.train.recipe import Recipe
 from vla_rl.train.sft import SFTConfig
 
 HORIZON, EXECUTED = 8, 4
+# The language model of OpenVLA-OFT runs over prompt and slots in every pass, so both are kept short.
+_OFT = ParallelConfig(inputs=PrismaticInputsConfig(TokenizerConfig(max_tokens=112)))
 _FLOW = FlowSamplerConfig(kernel="flow_sde", mode="hybrid", scored_horizon=EXECUTED)
 
 
@@ -49,6 +52,12 @@ def _reach(policy: PolicyConfig, sampler: SamplerConfig) -> Recipe:
         sft=SFTConfig(num_updates=600, batch_size=64, learning_rate=1e-3, ema_decay=0.98),
         train=replace(start.train, num_envs=64, num_iterations=30, sampler=sampler, algorithm=algorithm),
     )
+
+
+def _longer(recipe: Recipe) -> Recipe:
+    """OpenVLA-OFT learns slower than the flow families: more updates on more demonstrations."""
+    sft = replace(recipe.sft, num_updates=1_200, learning_rate=1.5e-3)
+    return replace(recipe, demos=replace(recipe.demos, num_episodes=300), sft=sft)
 
 
 def pi0() -> Recipe:
@@ -85,14 +94,14 @@ def openvla() -> Recipe:
 
 def openvla_oft_tokens() -> Recipe:
     """OpenVLA-OFT, tiny, on reach: chunks of tokens decoded at once; PPO on tokens."""
-    policy = OpenVLAOFTTokensConfig(action_horizon=HORIZON)
-    return _reach(policy, TokenSamplerConfig(scored_horizon=EXECUTED))
+    policy = OpenVLAOFTTokensConfig(action_horizon=EXECUTED, chunk_dim=4, body=_OFT)
+    return _longer(_reach(policy, TokenSamplerConfig(temperature=0.5)))
 
 
 def openvla_oft() -> Recipe:
     """OpenVLA-OFT, tiny, on reach: the L1 regression head, explored by a Laplace density; PPO."""
-    policy = OpenVLAOFTConfig(action_horizon=HORIZON)
-    return _reach(policy, GaussianSamplerConfig(scored_horizon=EXECUTED))
+    policy = OpenVLAOFTConfig(action_horizon=EXECUTED, chunk_dim=4, body=_OFT)
+    return _longer(_reach(policy, GaussianSamplerConfig()))
 
 
 __all__ = ["openvla", "openvla_oft", "openvla_oft_tokens", "pi0", "pi05", "smolvla"]
