@@ -1,7 +1,8 @@
 """Teleoperation: SpaceMouse, gamepad, keyboard and leader arm behind the `Teleop` of `interfaces.py`.
 
-A device with axes is an `AxesDevice` of a few lines; `AxesTeleop` makes tool deltas in m and rad of its axes, and decides
-whether the person wants control: by the deadman button, or by deflection with hysteresis. A leader arm gives joints.
+A device with axes is an `AxesDevice` of a few lines; `AxesTeleop` makes tool deltas in m and rad of its axes, and
+decides whether the person wants control: by the deadman button, or by deflection with hysteresis. A leader arm gives
+joints.
 """
 
 from __future__ import annotations
@@ -243,8 +244,8 @@ class Keyboard:
 class LeaderArm:
     """Implements `Teleop` over an arm that a person moves and nobody drives (GELLO, an SO-100 leader, a second arm).
 
-    `engaged` says whether the person wants control: a foot switch, a key. `signs`, `offsets` [J] map the leader's joints
-    to the follower's: `signs * q + offsets`; offsets hardly matter, since a takeover moves from where it engaged.
+    `engaged` says whether the person wants control: a foot switch, a key. `signs`, `offsets` [J] map the leader's
+    joints to the follower's: `signs * q + offsets`; offsets hardly matter, a takeover moves from where it engaged.
     """
 
     def __init__(

@@ -102,7 +102,7 @@ class FrankyArm:
             return
         with self._lock:
             try:
-                if self._robot.poll_motion():
+                if self._robot.is_in_control:
                     self._robot.move(self._franky.JointStopMotion(), asynchronous=True)
             except Exception as error:  # the motion was aborted: the robot stands already
                 self._fault = f"the motion ended: {error}; call recover()"
