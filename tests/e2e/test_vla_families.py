@@ -15,12 +15,14 @@ from vla_rl.envs.config import EnvConfig
 from vla_rl.flow.config import FlowSamplerConfig
 from vla_rl.onpolicy import PPO, ActorConfig, PPOConfig
 from vla_rl.onpolicy.build import build_sampler
-from vla_rl.policies.adaptation import AdaptationConfig, apply_adaptation, part_of
+from vla_rl.onpolicy.fpo import FPOConfig
+from vla_rl.onpolicy.grpo import GRPOConfig
+from vla_rl.policies.adaptation import AdaptationConfig, LoRAConfig, apply_adaptation, part_of, plain_state_dict
 from vla_rl.policies.build import build_policy
 from vla_rl.policies.checkpoints.native import WEIGHTS_FILE, load_policy
 from vla_rl.rollout.collector import RolloutCollector
 from vla_rl.train.checkpoint import load_state
-from vla_rl.train.loop import POLICY_FOLDER, STATE_FILE, TrainConfig, run_training
+from vla_rl.train.loop import POLICY_FOLDER, STATE_FILE, TrainConfig, Trainer, run_training
 
 HORIZON, EXECUTED, NUM_ENVS = 3, 2, 3
 FLOAT32_ERROR = (
@@ -32,7 +34,7 @@ ENV = EnvConfig(
 PPO_CONFIG = PPOConfig(
     num_decisions=3,
     critic_warmup_iterations=0,
-    actor=ActorConfig(learning_rate=1e-4, num_epochs=2, minibatch_size=5, target_kl=None),
+    actor=ActorConfig(learning_rate=1e-4, num_epochs=2, minibatch_size=5, target_kl=None, reference_kl_coef=0.02),
 )
 
 
@@ -78,6 +80,30 @@ def check_updates(rows: list[dict[str, float]], tolerance: float) -> None:
         assert all(math.isfinite(value) for value in row.values())
 
 
+@pytest.mark.parametrize("name", ["pi0", "hf_flow"])
+def test_a_vision_tower_gets_batches_of_the_policys_size(name, monkeypatch):
+    """So that a slice of environments has the tokens that it would have in the whole."""
+    env, seen = make_env(6), []
+    policy = make_policy(name, env.spec)
+    apply_adaptation(policy, AdaptationConfig(train=("language_model", "expert")))
+    look = policy.with_image_tokens
+    sampler = build_sampler(policy, tiny_sampler(name, EXECUTED), seed=0)
+    collector = RolloutCollector(env, sampler, execution_horizon=EXECUTED, seed=0, policy_batch_size=3)
+
+    def spied(inputs):
+        seen.append(len(inputs))
+        return look(inputs)
+
+    monkeypatch.setattr(policy, "with_image_tokens", spied)
+    inputs = collector.collect(2).inputs
+    env.close()
+    assert seen == [3] * 6  # two batches at the start, and after each of two decisions
+    assert inputs is not None
+    assert inputs.image_tokens is not None
+    assert inputs.image_tokens.shape[:2] == (12, 4)
+    assert len(inputs.tokens) == 12
+
+
 def run_whole_and_resumed(
     name: str, config: TrainConfig, tmp_path: Path, adaptation: AdaptationConfig | None = None
 ) -> tuple[Any, list[dict[str, float]], Any]:
@@ -108,8 +134,7 @@ def run_whole_and_resumed(
     assert any(not torch.equal(value, first["policy"][key]) for key, value in whole["actor"]["policy"].items())
     stored = [(tmp_path / folder / POLICY_FOLDER / WEIGHTS_FILE).read_bytes() for folder in ("whole", "parts")]
     assert stored[0] == stored[1]
-    loaded = load_policy(tmp_path / "parts" / POLICY_FOLDER).state_dict()
-    assert_equal(loaded, {key: value for key, value in policy.state_dict().items() if key in loaded})
+    assert_equal(load_policy(tmp_path / "parts" / POLICY_FOLDER).state_dict(), plain_state_dict(policy))
     assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
     return policy, metrics_of(tmp_path / "whole"), (first["noise_head"], whole["actor"]["noise_head"])
 
@@ -129,13 +154,50 @@ def test_two_updates_and_a_resume(name, freeze, tmp_path):
     assert policy.encoder_is_frozen == freeze
 
 
+KERNELS: dict[str, Any] = {
+    "flow_noise": FlowSamplerConfig(kernel="flow_noise", num_steps=2, mode="full", scored_horizon=EXECUTED),
+    "ou": FlowSamplerConfig(kernel="ou", num_steps=3, mode="full", scored_horizon=EXECUTED),
+    "cps": FlowSamplerConfig(kernel="cps", num_steps=3, mode="full", scored_horizon=EXECUTED),
+    "fpo": FPOConfig(num_steps=2, num_draws=4, scored_horizon=EXECUTED),
+}
+
+
 @pytest.mark.parametrize("name", ["pi0", "smolvla"])
-def test_flow_noise_of_a_padded_chunk(name, tmp_path):
-    """Its head is as wide as the chunk; what it explores with in padded dimensions is not scored."""
-    sampler = FlowSamplerConfig(kernel="flow_noise", num_steps=2, mode="full", scored_horizon=EXECUTED)
-    _, rows, (first, last) = run_whole_and_resumed(name, train_config(name, sampler=sampler), tmp_path)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_other_kernels_on_a_padded_chunk(kernel, name, tmp_path):
+    """The head of Flow-Noise is as wide as the chunk, and learns; padded dimensions are not scored."""
+    config = train_config(name, sampler=KERNELS[kernel])
+    if kernel == "fpo":  # has no density
+        actor = replace(PPO_CONFIG.actor, reference_kl_coef=0.0)
+        config = replace(config, algorithm=replace(PPO_CONFIG, actor=actor))
+    _, rows, (first, last) = run_whole_and_resumed(name, config, tmp_path)
     check_updates(rows, FLOAT32_ERROR)
-    assert all(not torch.equal(first[key], last[key]) for key in first)
+    if kernel == "flow_noise":
+        assert all(not torch.equal(first[key], last[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", ["pi0", "openvla_oft", "openvla"])
+def test_grpo(name):
+    """Groups of four episodes, with rewards at every step so that their returns differ."""
+    config = GRPOConfig(group_size=2, groups_per_update=1, max_rounds=2, actor=PPO_CONFIG.actor)
+    env = replace(ENV, reward="dense").make(4, split="train", auto_reset=True, final_images=True)
+    trainer = Trainer(make_policy(name, env.spec), lambda _: env, train_config(name, num_envs=4, algorithm=config))
+    for _ in range(2):
+        metrics = trainer.iterate()
+        assert metrics["update/ratio_error_first"] < FLOAT32_ERROR
+        assert metrics["update/ratio_error"] > 1e-3
+        assert all(math.isfinite(value) for value in metrics.values())
+    trainer.close()
+
+
+@pytest.mark.parametrize("name", ["pi0", "openvla_oft", "openvla", "hf_token"])
+def test_adapters_of_the_language_model(name, tmp_path):
+    """They are merged in the policy that is saved, and apart in the state that is gone on from."""
+    train = () if name == "openvla" else ("expert",)
+    adaptation = AdaptationConfig(train=train, lora=LoRAConfig(rank=2, alpha=4.0))
+    policy, rows, _ = run_whole_and_resumed(name, train_config(name, freeze_encoder=False), tmp_path, adaptation)
+    check_updates(rows, FLOAT32_ERROR)
+    assert policy.vision_is_frozen
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "encoded_again"])

@@ -355,11 +355,15 @@ class RolloutCollector:
         return torch.cat([d[0] for d in draws]), type(draws[0][1]).concatenate([d[1] for d in draws])
 
     def _looked_at(self, inputs: PolicyInputs) -> PolicyInputs:
-        """With image tokens in the place of pictures, where a frozen vision tower makes them."""
+        """With image tokens in the place of pictures, where a frozen vision tower makes them, a batch of the policy's
+        at a time."""
         policy = self.sampler.policy
-        if inputs.image_tokens is None and isinstance(policy, HasVisionTokens) and policy.vision_is_frozen:
+        if inputs.image_tokens is not None or not (isinstance(policy, HasVisionTokens) and policy.vision_is_frozen):
+            return inputs
+        batches = torch.arange(len(inputs), device=inputs.state.device).split(self.policy_batch_size)
+        if len(batches) == 1:
             return policy.with_image_tokens(inputs)
-        return inputs
+        return PolicyInputs.concatenate([policy.with_image_tokens(inputs.select(rows)) for rows in batches])
 
     def _encode(self, inputs: PolicyInputs, env_ids: Tensor | None = None) -> Prefix:
         """`inputs` of all environments, or of `env_ids` (ascending), each in the row of the policy's batch that is its
