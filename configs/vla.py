@@ -73,7 +73,6 @@ def pi05() -> Recipe:
         max_action_dim=8,
         num_steps=4,
         adaptive=True,
-        discrete_state=True,
         prompt=prompt,
         tokenizer=TokenizerConfig(max_tokens=200),
     )

@@ -63,8 +63,8 @@ class Pi0Config:
     `max_state_dim`, `max_action_dim`: normalised states and actions are padded to them with zeros.
     `num_steps`: Euler steps of the deployed ODE.
     `adaptive`: pi0.5, where the flow time modulates the expert's norms and there is no state token.
-    `discrete_state`: the state is written into the prompt (pi0.5). Without it pi0.5 is blind to the state, as the
-    public LIBERO checkpoint is.
+    `prompt`: of kind "state" it holds the state (pi0.5). Without it pi0.5 is blind to the state, as the public LIBERO
+    checkpoint is.
     `loss_on_padding`: the loss covers the padded action dimensions as openpi's does; LeRobot's leaves them out.
     """
 
@@ -80,7 +80,6 @@ class Pi0Config:
     language: DecoderConfig = field(default_factory=_tiny_language)
     expert: DecoderConfig = field(default_factory=_tiny_expert)
     adaptive: bool = False
-    discrete_state: bool = False
     prompt: PromptConfig = field(default_factory=PromptConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     image_padding: Padding = "center"
@@ -94,11 +93,8 @@ class Pi0Config:
         require_readable(self)
         if self.expert.condition_width not in ((0, self.expert.width) if self.adaptive else (0,)):
             raise ValueError(f"Pi0Config: expert.condition_width {self.expert.condition_width}; leave it at 0")
-        if self.discrete_state != (self.prompt.kind == "state") or (self.discrete_state and not self.adaptive):
-            raise ValueError(
-                f"Pi0Config: discrete_state {self.discrete_state}, prompt.kind {self.prompt.kind!r} and adaptive "
-                f"{self.adaptive} do not fit: a state in the prompt is pi0.5's, with all of them"
-            )
+        if self.prompt.kind == "state" and not self.adaptive:
+            raise ValueError("Pi0Config: a state in the prompt is pi0.5's; set adaptive too, or another prompt.kind")
 
 
 def gemma(variant: str, *, vocab_size: int = 0) -> DecoderConfig:
@@ -122,7 +118,6 @@ def pi0_size(variant: Literal["pi0", "pi05"] = "pi0") -> Pi0Config:
         language=gemma("gemma_2b", vocab_size=PALIGEMMA_VOCABULARY),
         expert=gemma("gemma_300m"),
         adaptive=adaptive,
-        discrete_state=adaptive,
         prompt=PromptConfig("state" if adaptive else "line"),
         tokenizer=TokenizerConfig(max_tokens=200 if adaptive else 48),
     )

@@ -35,7 +35,6 @@ def pi0_config(
     where: Path,
     *,
     adaptive: bool,
-    discrete_state: bool,
     cameras: tuple[str, ...],
     num_image_slots: int,
     action_horizon: int,
@@ -61,7 +60,6 @@ def pi0_config(
             language=gemma_sizes(shape, "language_model", depth("language_model.layers."), vocab=True),
             expert=gemma_sizes(shape, "expert", depth("expert.layers."), vocab=False),
             adaptive=adaptive,
-            discrete_state=discrete_state,
             prompt=prompt,
             tokenizer=tokenizer.config,
             image_padding=image_padding,
@@ -153,11 +151,15 @@ Family = Literal["pi0", "pi05", "smolvla"]
 
 def family_of_policy(policy: Any) -> Family:
     """Raises PolicyCheckpointError for a policy that none of these layouts can hold."""
-    if isinstance(policy, Pi0):
-        return "pi05" if policy.config.adaptive else "pi0"
-    if isinstance(policy, SmolVLA):
-        return "smolvla"
-    raise PolicyCheckpointError(f"{type(policy).__name__} has no public layout; pi0, pi0.5 and SmolVLA have")
+    if not isinstance(policy, FlowVLA):
+        raise PolicyCheckpointError(f"{type(policy).__name__} has no public layout; pi0, pi0.5 and SmolVLA have")
+    return family_of_config(policy.config)
+
+
+def family_of_config(config: Pi0Config | SmolVLAConfig) -> Family:
+    if isinstance(config, Pi0Config):
+        return "pi05" if config.adaptive else "pi0"
+    return "smolvla"
 
 
 def required(config: Mapping[str, Any], name: str, where: Path) -> Any:
@@ -173,6 +175,7 @@ __all__ = [
     "FlowVLA",
     "Plan",
     "assemble",
+    "family_of_config",
     "family_of_policy",
     "max_state_dim",
     "network_state",

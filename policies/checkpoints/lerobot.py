@@ -170,7 +170,6 @@ def _pi0(
         backbone_config(folder),
         folder,
         adaptive=adaptive,
-        discrete_state=discrete_state,
         cameras=cameras,
         num_image_slots=max(3, len(features.cameras)),
         action_horizon=options.action_horizon or required(config, "chunk_size", folder / "config.json"),

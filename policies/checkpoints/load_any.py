@@ -17,7 +17,7 @@ from vla_rl.policies.blocks.decoder import DecoderConfig
 from vla_rl.policies.blocks.tokenizer import FILES
 from vla_rl.policies.blocks.vision_transformer import VisionTransformerConfig
 from vla_rl.policies.checkpoints.adapt import check_fits
-from vla_rl.policies.checkpoints.assemble import Plan, assemble, family_of_policy
+from vla_rl.policies.checkpoints.assemble import Plan, assemble, family_of_config, family_of_policy
 from vla_rl.policies.checkpoints.lerobot import FAMILIES, plan_lerobot, save_lerobot
 from vla_rl.policies.checkpoints.names import family_of
 from vla_rl.policies.checkpoints.native import (
@@ -164,18 +164,11 @@ def _plan(folder: Path, layout: Layout, options: ReadOptions) -> Plan:
     adaptive = isinstance(plan.config, Pi0Config) and plan.config.adaptive
     if not adaptive and (options.discrete_state is not None or options.state_width is not None):
         raise PolicyCheckpointError(
-            f"{folder}: discrete_state and state_width are for pi0.5, this is {family(plan.config)}"
+            f"{folder}: discrete_state and state_width are for pi0.5, this is {family_of_config(plan.config)}"
         )
     if options.asset and layout == "lerobot":
         raise PolicyCheckpointError(f"{folder}: asset {options.asset!r} is for openpi's checkpoints, this is LeRobot's")
     return plan
-
-
-def family(config: Pi0Config | SmolVLAConfig) -> str:
-    """ "pi0", "pi05" or "smolvla"."""
-    if isinstance(config, Pi0Config):
-        return "pi05" if config.adaptive else "pi0"
-    return "smolvla"
 
 
 def _load_native(
@@ -216,7 +209,7 @@ def describe(folder: Path, options: ReadOptions | None = None) -> dict[str, str]
     if layout == "openvla":
         return lines | describe_openvla(folder)
     plan = _plan(folder, layout, told)
-    lines |= {"family": family(plan.config)} | _describe_config(plan.config) | _describe_tensors(plan.source)
+    lines |= {"family": family_of_config(plan.config)} | _describe_config(plan.config) | _describe_tensors(plan.source)
     for name, normalizer in zip(("state", "action"), plan.normalizers, strict=True):
         lines[f"{name} normalisation"] = normalizer.kind
     if layout == "openpi_jax" and not told.action_horizon and not (folder / "config.json").is_file():
@@ -230,7 +223,7 @@ def _describe_native(folder: Path) -> dict[str, str]:
     config = on_meta(lambda: build_described(description, folder)).config
     lines = {"family": description["class"], **_describe_tensors(TensorSource(folder / WEIGHTS_FILE))}
     if isinstance(config, Pi0Config | SmolVLAConfig):
-        lines |= {"family": family(config), **_describe_config(config)}
+        lines |= {"family": family_of_config(config), **_describe_config(config)}
     else:
         names = ("state_dim", "action_dim", "action_horizon", "cameras")
         lines |= {name.replace("_", " "): _text(getattr(config, name)) for name in names if hasattr(config, name)}
@@ -290,4 +283,4 @@ def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-__all__ = ["LAYOUTS", "Layout", "convert", "describe", "family", "layout_of", "load_any"]
+__all__ = ["LAYOUTS", "Layout", "convert", "describe", "layout_of", "load_any"]

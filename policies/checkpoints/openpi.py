@@ -111,7 +111,6 @@ def read_parts(
         backbone,
         folder,
         adaptive=adaptive,
-        discrete_state=discrete_state,
         cameras=options.cameras or CAMERAS,
         num_image_slots=len(CAMERAS),
         action_horizon=action_horizon,

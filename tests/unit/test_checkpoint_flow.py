@@ -77,7 +77,7 @@ def test_openpi_tensors_are_where_they_belong(tmp_path: Path, adaptive: bool) ->
     heads = 2  # of the experts, which the policy leaves out: it writes no text
     assert len([k for k in state if not k.startswith("inputs.")]) == len(tensors) - heads + 1
     config = policy.config
-    assert (config.adaptive, config.discrete_state) == (adaptive, adaptive)
+    assert (config.adaptive, config.prompt.kind == "state") == (adaptive, adaptive)
     assert (config.state_dim, config.action_dim, config.action_horizon, config.num_steps) == (8, 7, 5, 10)
     assert (config.language.num_heads, config.language.head_dim, config.vision.num_heads) == (2, 16, 2)
     assert config.tokenizer.max_tokens == (200 if adaptive else 48)

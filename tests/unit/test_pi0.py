@@ -50,7 +50,6 @@ SMALL = Pi0Config(
 PI05 = dataclasses.replace(
     SMALL,
     adaptive=True,
-    discrete_state=True,
     prompt=PromptConfig("state"),
     tokenizer=TokenizerConfig(max_tokens=60),
 )
@@ -202,7 +201,7 @@ def test_leaving_out_a_missing_camera_is_exact():
 
 def test_who_knows_the_state():
     """pi0 by a token, pi0.5 by its prompt, the public LIBERO checkpoint of pi0.5 not at all."""
-    blind = dataclasses.replace(PI05, discrete_state=False, prompt=PromptConfig())
+    blind = dataclasses.replace(PI05, prompt=PromptConfig())
     noise, changes = torch.randn(3, 5, 7), []
     for config in (SMALL, PI05, blind):
         policy, obs = make(config), observation()
@@ -383,7 +382,7 @@ def test_configs_that_cannot_be():
         "cameras must be 1 to 3": {"cameras": ("a", "b", "c", "d")},
         "must fit into": {"state_dim": 9},
         "head_dim 8 != 16": {"expert": dataclasses.replace(SMALL.expert, head_dim=8)},
-        "a state in the prompt is pi0.5's": {"discrete_state": True},
+        "a state in the prompt is pi0.5's": {"prompt": PromptConfig("state")},
         "leave it at 0": {"expert": dataclasses.replace(SMALL.expert, condition_width=32)},
     }.items():
         with pytest.raises(ValueError, match=message):
