@@ -1,4 +1,4 @@
-"""The command line: `vla-rl doctor | env | run | demos | sft | train | eval | compare | report | recipes | checkpoint`.
+"""The command line: `vla-rl COMMAND`; `USAGE` says which there are.
 
 A recipe names a complete configuration, and its fields are options, as `--train.num-iterations 50`. What kind of
 policy, sampler and algorithm it has is the recipe's own; `module:function` names a recipe of yours.
@@ -12,7 +12,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-COMMANDS = ("doctor", "recipes", "env", "run", "demos", "sft", "train", "eval", "compare", "report", "checkpoint")
+WITH_RECIPE = ("run", "demos", "sft", "train", "eval")
+COMMANDS = (*WITH_RECIPE, "doctor", "recipes", "env", "compare", "report", "checkpoint", "serve")
 USAGE = """vla-rl: take a vision-language-action policy from demonstrations to a real arm with reinforcement learning
 
   vla-rl doctor                              what this machine can run, and how to get what is missing
@@ -25,6 +26,7 @@ USAGE = """vla-rl: take a vision-language-action policy from demonstrations to a
   vla-rl eval --policy DIR --out DIR         success on held-out episodes, with intervals
   vla-rl compare A B                         two evaluations, episode by episode
   vla-rl report DIR                          the report of a run once more
+  vla-rl serve --policy DIR                  a policy over a websocket; eval --policy ws://host:port asks it
   vla-rl checkpoint inspect DIR | convert FROM TO    public checkpoints: pi0, pi0.5, SmolVLA, OpenVLA
 
   vla-rl COMMAND RECIPE --help shows all options; add --resume to go on with what was interrupted."""
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             raise UsageError(f"there is no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if rest[:1] in (["-h"], ["--help"]) and name not in ("doctor", "env", "compare", "report", "checkpoint"):
+        if rest[:1] in (["-h"], ["--help"]) and name in (*WITH_RECIPE, "recipes"):
             print(f"{USAGE}\n\nOptions depend on the recipe: vla-rl {name} demo --help", flush=True)
             return 0
         from vla_rl import commands  # torch and the simulator take seconds to import: not for a list of commands

@@ -18,6 +18,7 @@ from vla_rl.doctor import run_doctor
 from vla_rl.evaluation.compare import compare
 from vla_rl.evaluation.result import EvalResult
 from vla_rl.policies.checkpoints.openvla import OpenVLAOptions
+from vla_rl.serving.config import RemoteConfig, ServerConfig, read_api_key, require_serving
 from vla_rl.train.check import check_recipe
 from vla_rl.train.distributed import join_learners, learner, leave_learners, wait_for_all
 from vla_rl.train.offpolicy import OffPolicyConfig
@@ -25,7 +26,7 @@ from vla_rl.train.pipeline import run_pipeline, write_run_report
 from vla_rl.train.ray_learners import LearnersConfig, run_learners
 from vla_rl.train.recipe import Recipe
 from vla_rl.train.run_folder import CONFIG_FILE, open_run_folder, read_config
-from vla_rl.train.stages import evaluate_stage, fine_tune, record_demos, reinforce
+from vla_rl.train.stages import evaluate_and_film, evaluate_stage, fine_tune, record_demos, reinforce
 
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
 _UNSET: Any = tyro.MISSING
@@ -204,23 +205,73 @@ def train_command(argv: list[str]) -> int:
 # -------------------------------------------------------------------------------------------------------- evaluation
 @dataclass(frozen=True)
 class EvalOptions:
-    """out: where the episodes, rates and videos go."""
+    """out: where the episodes, rates and videos go. remote: of a policy behind a server."""
 
     recipe: RecipeFields
     out: Path = _UNSET
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
 
 
 def eval_command(argv: list[str]) -> int:
-    """Success of a stored policy. Its recipe is that of the run it lies in, or the one after `--recipe`."""
+    """Success of a stored policy, or of one behind a server (`--policy ws://host:port`). Its recipe is that of the run
+    it lies in, or the one after `--recipe`."""
     folder, rest = _take(argv, "--policy")
     name, rest = _take(rest, "--recipe")
     if folder is None:
-        raise UsageError("eval: name the folder of a policy with --policy")
+        raise UsageError("eval: name the folder of a policy, or the address of a server, with --policy")
+    url = folder if folder.startswith(("ws://", "wss://")) else None
+    if url and name is None:
+        raise UsageError(f"eval: {url} lies in no run folder; name the recipe with --recipe ({', '.join(RECIPES)})")
     recipe = get_recipe(name) if name is not None else _recipe_of(Path(folder))
     o = _parse(EvalOptions(recipe), rest, f"eval --policy {folder}")
     _set_threads(o.recipe)
-    result, _ = evaluate_stage(o.recipe, Path(folder), o.out, label=folder)
+    if url is None:
+        if o.remote != RemoteConfig():
+            raise UsageError(f"eval: --remote.* is for a policy behind a server, {folder} is a folder")
+        result, _ = evaluate_stage(o.recipe, Path(folder), o.out, label=folder)
+    else:
+        result = _evaluate_remote(o, url)
     print(result.format_table())
+    return 0
+
+
+def _evaluate_remote(o: EvalOptions, url: str) -> EvalResult:
+    """Rows that no environment needs are not sent: the policy's batch is no larger than their number."""
+    require_serving()
+    from vla_rl.serving.remote_policy import RemotePolicy
+
+    one = o.recipe.env.make(1, split="test")
+    one.close()
+    evaluation = o.recipe.evaluation
+    rows = min(evaluation.policy_batch_size, evaluation.num_envs, len(evaluation.seeds))
+    recipe = replace(o.recipe, evaluation=replace(evaluation, policy_batch_size=rows))
+    policy = RemotePolicy(url, one.spec, o.remote)
+    try:
+        return evaluate_and_film(recipe, policy, o.out, label=url)[0]
+    finally:
+        policy.close()
+
+
+# ----------------------------------------------------------------------------------------------------------- serving
+@dataclass(frozen=True)
+class ServeOptions:
+    """policy: folder of the policy, ours or a public checkpoint. api_key_file: whose one line clients must send."""
+
+    server: Annotated[ServerConfig, tyro.conf.arg(name="")]
+    policy_dir: Annotated[Path, tyro.conf.arg(name="policy")] = _UNSET
+    api_key_file: Path | None = None
+
+
+def serve_command(argv: list[str]) -> int:
+    """A policy over a websocket, in openpi's protocol."""
+    require_serving()
+    from vla_rl.serving.server import PolicyServer
+
+    o = _parse(ServeOptions(ServerConfig()), argv, "serve")
+    key = None if o.api_key_file is None else read_api_key(o.api_key_file)
+    if key is None and o.server.host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"anyone who reaches {o.server.host} can ask this policy; --api-key-file wants a key", flush=True)
+    PolicyServer(o.policy_dir, o.server, api_key=key).run()
     return 0
 
 

@@ -13,7 +13,8 @@ import torch
 from vla_rl.policies.checkpoints.native import save_policy
 from vla_rl.policies.flow_mlp import FlowMLP, FlowMLPConfig
 from vla_rl.policies.tiny import TinyVLA, TinyVLAConfig
-from vla_rl.serving.server import PolicyServer, ServerConfig
+from vla_rl.serving.config import ServerConfig
+from vla_rl.serving.server import PolicyServer
 
 STATE_DIM, ACTION_DIM, HORIZON = 5, 3, 4
 

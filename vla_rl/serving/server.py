@@ -15,10 +15,9 @@ import signal
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from websockets.asyncio.server import ServerConnection, serve
@@ -29,40 +28,14 @@ from websockets.http11 import Response
 from vla_rl.evaluation.evaluate import policy_noise
 from vla_rl.serving.batching import Answer, Batcher
 from vla_rl.serving.client import ENVELOPE
+from vla_rl.serving.config import ServerConfig
 from vla_rl.serving.inference import ServedPolicy, read_policy
 from vla_rl.serving.messages import MessageError, pack, unpack
 from vla_rl.serving.requests import FLAT_KEYS, Request, RequestError, envelope_of, read_request
-from vla_rl.serving.rtc import RTCConfig
 
 _LOG = logging.getLogger("vla_rl.serving")
 _SOCKET_LOG = logging.getLogger("vla_rl.serving.websockets")
 _SOCKET_LOG.setLevel(logging.CRITICAL)  # a stranger's broken handshake is no traceback in our log
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """`port`: 0 takes a free one. `keys`: flat keys that are understood besides our own. `batch_window_ms`: how long a
-    request waits for those of other clients. `max_requests_per_s`: of one client; it is read no faster, with a second's
-    worth at once. `write_timeout_s`: a client that does not read its answer is cut off. `noise_seed`: with a client's
-    session and decision it addresses the policy's noise."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    device: str = "cpu"
-    keys: Literal["none", "libero", "droid"] = "none"
-    batch_window_ms: float = 2.0
-    max_batch_size: int = 16
-    max_clients: int = 64
-    max_requests_per_s: float = 200.0
-    max_message_bytes: int = 16 * 2**20
-    write_timeout_s: float = 2.0
-    noise_seed: int = 0
-    rtc: RTCConfig = field(default_factory=RTCConfig)
-
-    def __post_init__(self) -> None:
-        positive = (self.max_batch_size, self.max_clients, self.max_requests_per_s, self.max_message_bytes)
-        if min(positive) <= 0 or self.write_timeout_s <= 0 or self.batch_window_ms < 0 or self.noise_seed < 0:
-            raise ValueError("ServerConfig: limits and timeouts must be positive, batch_window_ms and noise_seed >= 0")
 
 
 class _Client:
@@ -310,4 +283,4 @@ def _contract(policy: ServedPolicy) -> tuple[Any, ...]:
     return policy.policy.action_horizon, policy.policy.action_dim, policy.shapes
 
 
-__all__ = ["PolicyServer", "ServerConfig"]
+__all__ = ["PolicyServer"]

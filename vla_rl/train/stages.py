@@ -313,10 +313,14 @@ def evaluate_stage(
 
     Returns the result and the recordings of the first task, by seed.
     """
-    config = recipe.evaluation
     one = recipe.env.make(1, split="test")
     one.close()
-    policy = load_for(recipe, policy_folder, one.spec)
+    return evaluate_and_film(recipe, load_for(recipe, policy_folder, one.spec), out, label=label)
+
+
+def evaluate_and_film(recipe: Recipe, policy: Any, out: Path, *, label: str) -> tuple[EvalResult, dict[int, Recording]]:
+    """`evaluate_stage` of a policy that is there already."""
+    config = recipe.evaluation
     filmed = list(config.seeds)[: config.num_videos]
     recorders = [
         EpisodeRecorder(out / "videos" / task, filmed, recipe.env.control_hz, speed=config.video_speed)
@@ -329,6 +333,6 @@ def evaluate_stage(
 
 
 __all__ = [
-    "evaluate_expert", "evaluate_policy", "evaluate_stage", "fine_tune", "load_for", "make_expert", "record_demos",
-    "reinforce", "save_untrained",
+    "evaluate_and_film", "evaluate_expert", "evaluate_policy", "evaluate_stage", "fine_tune", "load_for", "make_expert",
+    "record_demos", "reinforce", "save_untrained",
 ]  # fmt: skip
