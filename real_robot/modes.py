@@ -28,7 +28,7 @@ class Event(Enum):
 
     START = "start"  # every check of a start has passed: this arms
     SHADOW = "shadow"
-    STARVED = "starved"  # no action is left; also a pause
+    HOLD = "hold"  # no action is left, a stream is stale, a pause
     RESUME = "resume"
     TAKEOVER = "takeover"
     RELEASE = "release"
@@ -41,7 +41,7 @@ TRANSITIONS: dict[tuple[Mode, Event], Mode] = {
     (Mode.IDLE, Event.START): Mode.RUN,
     (Mode.IDLE, Event.SHADOW): Mode.SHADOW,
     (Mode.SHADOW, Event.FINISH): Mode.IDLE,
-    (Mode.RUN, Event.STARVED): Mode.HOLD,
+    (Mode.RUN, Event.HOLD): Mode.HOLD,
     (Mode.RUN, Event.TAKEOVER): Mode.HUMAN,
     (Mode.RUN, Event.FINISH): Mode.IDLE,
     (Mode.HUMAN, Event.RELEASE): Mode.HOLD,  # the policy decides anew before it moves
