@@ -143,7 +143,7 @@ class HFBackbone(nn.Module):
         if self._pictures == "list":  # these models would put them into the precision of their vision tower
             places = functional.pad(pictures == self.vlm.config.image_token_id, (0, inputs.tokens.shape[1] + 1))
             sequence = sequence.masked_scatter(places.unsqueeze(-1), seen)
-        elif self.num_cameras:
+        else:
             options["mm_encoder_outputs"] = {"image": self._as_found(seen)}
         if self.vlm.config.model_type == "paligemma":
             options["token_type_ids"] = torch.zeros_like(mask, dtype=torch.int64)  # all attend to all

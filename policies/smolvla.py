@@ -90,8 +90,6 @@ class SmolVLAConfig:
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
 
     def __post_init__(self) -> None:
-        if not 1 <= len(set(self.cameras)) == len(self.cameras):
-            raise ValueError(f"SmolVLAConfig: cameras must be at least one, with different names: {self.cameras}")
         require_room(self)
         require_readable(self)
         side = self.vision.image_size // self.vision.patch_size

@@ -80,6 +80,8 @@ class VLAInputs(nn.Module):
         gripper: GripperConfig | None = None,
     ) -> None:
         super().__init__()
+        if not 1 <= len(set(cameras)) == len(cameras):
+            raise ValueError(f"cameras must be at least one, with different names: {cameras}")
         if action_dim > chunk_dim:
             raise ValueError(f"the environment has {action_dim} action dimensions, the model at most {chunk_dim}")
         self.cameras, self.image_size, self.prompt = cameras, image_size, prompt

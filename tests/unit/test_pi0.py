@@ -379,7 +379,7 @@ def test_real_sizes():
 
 def test_configs_that_cannot_be():
     for message, changes in {
-        "cameras must be 1 to 3": {"cameras": ("a", "b", "c", "d")},
+        "cameras must be at most 3": {"cameras": ("a", "b", "c", "d")},
         "must fit into": {"state_dim": 9},
         "head_dim 8 != 16": {"expert": dataclasses.replace(SMALL.expert, head_dim=8)},
         "a state in the prompt is pi0.5's": {"prompt": PromptConfig("state")},

@@ -316,10 +316,11 @@ def test_real_size():
 
 def test_configs_that_cannot_be():
     for message, changes in {
-        "with different names": {"cameras": ("a", "a")},
         "must fit into": {"action_dim": 8},
         "depth 2 != 4": {"expert": dataclasses.replace(SMALL.expert, depth=2)},
         "4 x 4 patches do not divide by pixel_shuffle 3": {"pixel_shuffle": 3},
     }.items():
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(SMALL, **changes)
+    with pytest.raises(ValueError, match="at least one, with different names"):
+        SmolVLA(dataclasses.replace(SMALL, cameras=("a", "a")))
