@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -38,25 +38,11 @@ from vla_rl.real_robot.interfaces import (
     TeleopSample,
     Vector,
 )
+from vla_rl.real_robot.modes import Event, Mode
+from vla_rl.real_robot.safety import SafetyFilter
 from vla_rl.real_robot.takeover import Control, Takeover
 
 _GYM_SEED_LIMIT = 2**31
-
-
-class FilteredCommand(Protocol):
-    """What is used of the safety filter's answer."""
-
-    @property
-    def command(self) -> Command: ...
-
-    @property
-    def stop_reason(self) -> str | None: ...
-
-
-class CommandFilter(Protocol):
-    """The safety filter (`vla_rl.real_robot.safety.SafetyFilter`)."""
-
-    def filter(self, command: Command, state: ArmState, now: float) -> FilteredCommand: ...
 
 
 @dataclass(frozen=True)
@@ -95,12 +81,13 @@ class RobotParts:
     """What the environment is made of. All are connected by `RobotStepEnv` and closed by its `close`.
 
     `success`: says of an observation [1] with pictures whether the task is done: a classifier, a topic of the twin;
-    None where only a button does. `confirm`: tells a person what to do (put the scene back) and returns when it is
-    done; None where nobody must. `state_of` makes the state [S] named `state_names`; None: joints and gripper width.
+    None where only a button does. `confirm`: tells a person what to do (put the scene back, look why the arm stopped)
+    and returns when it is done. Without it nobody puts the scene back, and a stop ends the run. `state_of` makes the
+    state [S] named `state_names`; None: joints and gripper width.
     """
 
     arm: Arm
-    filter: CommandFilter
+    filter: SafetyFilter
     mapping: ActionMapping
     cameras: Sequence[Camera] = ()
     success: Callable[[Observation], bool] | None = None
@@ -166,7 +153,7 @@ class RobotStepEnv:
         spec, config = self.parts.arm.spec, self.config
         noise = np.random.default_rng(int(seeds[0])).uniform(-1.0, 1.0, spec.num_joints) * config.home_noise
         home = np.clip(spec.home + noise, spec.position_low, spec.position_high)
-        self._await_no_fault()
+        self._arm()
         self._move_to(Command(home, spec.gripper_range[1]))
         if self.parts.confirm is not None:
             self.parts.confirm(f"{config.name}: put the scene back for: {config.instruction}")
@@ -187,7 +174,7 @@ class RobotStepEnv:
         except HardwareError as error:
             problem = str(error)
         if problem:
-            self.parts.arm.stop(problem)
+            self._stop(problem)
             return self._outcome(lost=True)
         success = bool(self._buttons.get(self.config.success_button, False)) or (
             self.parts.success is not None and bool(self.parts.success(self._observation(True)))
@@ -212,6 +199,7 @@ class RobotStepEnv:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Move the arm to where it stood, through the safety filter. The scene is a person's to restore."""
+        self._arm()
         self._move_to(Command(state["position"].numpy().copy(), state["gripper"]))
         if self.parts.confirm is not None:
             self.parts.confirm(f"{self.config.name}: put the scene back to where the run stopped")
@@ -268,6 +256,7 @@ class RobotStepEnv:
         sample = self._sample()
         if self.parts.takeover is not None:
             human = self.parts.takeover.update(sample, standing, self._shown.arm.position, now)
+            self._follow(human.control, now)
             if human.control != Control.POLICY:
                 who = Source.HUMAN
                 action = self.parts.mapping.action_of(human.command or standing, standing)
@@ -299,9 +288,24 @@ class RobotStepEnv:
 
     def _send(self, command: Command, now: float) -> None:
         filtered = self.parts.filter.filter(command, self.parts.arm.read(), now)
-        if filtered.stop_reason:
-            raise HardwareError(f"the safety filter stops: {filtered.stop_reason}")
+        if filtered.command is None or filtered.stop_reason:
+            why = filtered.stop_reason or f"nothing may be sent in mode {self.parts.filter.modes.mode.value}"
+            raise HardwareError(f"the safety filter stops: {why}")
         self._target = self.parts.arm.send(filtered.command)
+
+    def _follow(self, control: Control, now: float) -> None:
+        """Bring the filter's mode in line with whose commands come."""
+        modes = self.parts.filter.modes
+        if control == Control.HUMAN and modes.mode in (Mode.RUN, Mode.HOLD):
+            modes.fire(Event.TAKEOVER, now)
+        if control != Control.HUMAN and modes.mode is Mode.HUMAN:
+            modes.fire(Event.RELEASE, now)
+        if control == Control.POLICY and modes.mode is Mode.HOLD:
+            modes.fire(Event.RESUME, now)
+
+    def _stop(self, reason: str) -> None:
+        self.parts.filter.stop(reason, self.parts.clock.now())
+        self.parts.arm.stop(reason)
 
     def _standing(self) -> Command:
         if self._target is None:
@@ -328,20 +332,32 @@ class RobotStepEnv:
             arrived = np.abs(state.position - goal.position).max() <= config.home_tolerance
             if arrived and np.allclose(self._standing().position, goal.position, atol=1e-9):
                 return
-        self.parts.arm.stop("the arm does not come home")
+        self._stop("the arm does not come home")
         away = np.abs(self.parts.arm.read().position - goal.position).round(3).tolist()
         raise HardwareError(
             f"{config.name} is not home after {config.home_timeout_s} s (away by {away} rad, "
             f"fault {self.parts.arm.read().fault!r}); look what is in its way, or raise home_timeout_s"
         )
 
-    def _await_no_fault(self) -> None:
-        fault = self.parts.arm.read().fault
-        if fault and self.parts.confirm is not None:
-            self.parts.confirm(f"{self.config.name} reports: {fault}; clear it")
-            fault = self.parts.arm.read().fault
+    def _arm(self) -> None:
+        """Make the filter ready to send. After a stop a person has to look first: nothing re-arms itself."""
+        safety, clock = self.parts.filter, self.parts.clock
+        fault = self.parts.arm.read().fault or safety.modes.stop_reason
         if fault:
-            raise HardwareError(f"{self.config.name} reports: {fault}; clear it and start again")
+            if self.parts.confirm is None:
+                raise HardwareError(f"{self.config.name} has stopped: {fault}; clear it and start again")
+            self.parts.confirm(f"{self.config.name} has stopped: {fault}. Clear it")
+        if safety.modes.mode is Mode.ESTOP:
+            safety.reset(clock.now())
+            self._target = None  # what stands is where the arm is
+        if self.parts.takeover is not None:
+            self.parts.takeover.control = Control.POLICY
+            self._follow(Control.POLICY, clock.now())
+        if safety.modes.mode is Mode.IDLE:
+            try:
+                safety.start(self.parts.arm.read(), clock.now())
+            except ValueError as error:
+                raise HardwareError(str(error)) from error
 
     # ------------------------------------------------------------------------------------------------- observations
     def _look(self) -> _Shown:
@@ -397,7 +413,7 @@ class RobotGymEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         spaces: dict[str, gym.Space[Any]] = {"state": gym.spaces.Box(-np.inf, np.inf, (spec.state_dim,), np.float32)}
         for name, camera in spec.cameras.items():
             spaces[name] = gym.spaces.Box(0, 255, (camera.height, camera.width, 3), np.uint8)
-        self.observation_space = gym.spaces.Dict(spaces)
+        self.observation_space: Any = gym.spaces.Dict(spaces)
         low, high = (np.array(bound, dtype=np.float32) for bound in (spec.action.low, spec.action.high))
         self.action_space = gym.spaces.Box(low, high, dtype=np.float32)
         self._one = torch.ones(1, dtype=torch.bool)
@@ -440,5 +456,5 @@ class RobotGymEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
 
 __all__ = [
-    "Clock", "CommandFilter", "FilteredCommand", "RobotEnvConfig", "RobotGymEnv", "RobotParts", "RobotStepEnv",
+    "Clock", "RobotEnvConfig", "RobotGymEnv", "RobotParts", "RobotStepEnv",
 ]  # fmt: skip

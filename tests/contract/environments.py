@@ -12,6 +12,7 @@ from typing import Any
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from tests.contract.gym_env import make_drift
+from tests.contract.robot_env import make_robots
 from tests.contract.scripted_env import ScriptedEnv
 from vla_rl.envs import install
 from vla_rl.envs.gym import GymStepEnv
@@ -64,6 +65,7 @@ ENVIRONMENTS: dict[str, Callable[[int], StepEnv]] = {
     "ogbench": lambda n: make_ogbench("cube-single-singletask-task1-v0", n, max_episode_steps=13).step_env,
     "point_maze": lambda n: PointMazeEnv(n, "wall_gap", "far", max_episode_steps=12),
     "task_mix": _task_mix,
+    "robot": make_robots,
     "remote": lambda n: RemoteStepEnv(HostConfig(sys.executable, DRIFT_HOST), n, num_workers=2),
 }
 SLOW = {"ogbench"}  # half a second to make one
