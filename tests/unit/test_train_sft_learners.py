@@ -50,7 +50,7 @@ CONFIG = SFTConfig(
     checkpoint_interval=2,
 )
 LONGER = replace(CONFIG, num_updates=4)
-EXACT = {"atol": 5e-6, "rtol": 1e-3}
+EXACT = {"atol": 2e-5, "rtol": 1e-3}  # Adam makes steps of a gradient that is rounding alone
 
 
 def tiny(seed=0):
