@@ -1,7 +1,7 @@
 """The digital twin of a tabletop arm: one process with MuJoCo's physics and cameras on its own clock, which serves the
 topics that a robot's ros2_control would. The bridge cannot tell.
 
-    python -m vla_rl.real_robot.twin --task reach --cameras agent 64
+    python -m vla_rl.real_robot.twin --task reach --cameras agent wrist
 
 It is the tabletop simulator (`envs/tabletop.py`) in real time, so that a policy trained there sees the same pictures,
 state and arm, and an episode's seed means the same episode. Topics, with `arm` as in `TwinConfig`:
@@ -28,7 +28,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,14 +51,16 @@ _EVERYONE = torch.tensor([0])
 
 @dataclass(frozen=True)
 class TwinConfig:
-    """`task`, `split`, `randomization`: of the tabletop. `cameras`: name -> pixels of a square, or (height, width).
-    `camera_hz`: a divisor of the physics' rate. `cmd_timeout_s`: of the trajectory controller, from a trajectory's last
-    point. `record`: a file for every command received and every change of the arm's status, "" for none."""
+    """`task`, `split`, `randomization`: of the tabletop. `cameras`: their pictures are squares of `image_size` pixels.
+    `camera_hz`: at best a divisor of the physics' rate. `cmd_timeout_s`: of the trajectory controller, from a
+    trajectory's last point. `record`: a file for every command received and every change of the arm's status, "" for
+    none."""
 
     task: str = "reach"
     split: str = "train"
     seed: int = 0
-    cameras: Mapping[str, int | tuple[int, int]] = field(default_factory=lambda: {"agent": 64})
+    cameras: tuple[str, ...] = ("agent",)
+    image_size: int = 64
     camera_hz: float = 20.0
     randomization: str = "off"
     arm: str = "arm"
@@ -74,13 +76,9 @@ class Twin:
 
     def __init__(self, config: TwinConfig) -> None:
         self.config = config
-        self.env = TabletopEnv(
-            config.task,
-            1,
-            TabletopConfig(
-                split=config.split, cameras=config.cameras, randomization=config.randomization, num_threads=1
-            ),
-        )
+        cameras = dict.fromkeys(config.cameras, config.image_size)
+        tabletop = TabletopConfig(config.split, cameras, randomization=config.randomization, num_threads=1)
+        self.env = TabletopEnv(config.task, 1, tabletop)
         model, scene = self.env.scene.model, self.env.scene
         self._names = (*JOINT_NAMES, *FINGER_NAMES)
         self._qpos = [scene.joint_qpos[name] for name in self._names]
@@ -173,7 +171,8 @@ class Twin:
     def _reset(self, seed: int) -> None:
         self.env.reset(_EVERYONE, torch.tensor([seed]))
         self._seed, self._episodes = seed, self._episodes + 1
-        self._success, self._success_once, self._steps, self._failure = False, False, 0, False
+        self._success, self._success_once, self._failure = False, False, False
+        self._ticks = self._steps = 0
         self._finger_target = FINGER_TRAVEL
         self.controller.hold(self._measured(), "reset")
         instruction = self._node.message("std_msgs/msg/String", {"data": self.env.instructions[0]})
