@@ -263,7 +263,9 @@ def test_the_readme_is_right(uninterrupted, capsys):
     for _, command, *arguments in lines:
         if command == "recipes":
             continue
-        first = {"doctor": [], "compare": [], "eval": ["--policy", "x", "--recipe", "demo"]}.get(command, arguments[:1])
+        first = {"doctor": [], "compare": [], "serve": [], "eval": ["--policy", "x", "--recipe", "demo"]}.get(
+            command, arguments[:1]
+        )
         with pytest.raises(SystemExit):
             main([command, *first, "--help"])
         shown = capsys.readouterr().out

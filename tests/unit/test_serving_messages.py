@@ -8,7 +8,8 @@ import pytest
 
 from vla_rl.serving.messages import MAX_ITEMS, MessageError, pack, unpack
 
-GOLDEN = "84c40b5f5f6e6461727261795f5fc3c40464617461c4080000803f00000040c4056474797065a33c6634c40573686170659102"  # float32 [1, 2] as openpi's client writes it
+# float32 [1, 2] as openpi's client writes it
+GOLDEN = "84c40b5f5f6e6461727261795f5fc3c40464617461c4080000803f00000040c4056474797065a33c6634c40573686170659102"
 
 
 def array_map(data: object, dtype: object, shape: object) -> bytes:
