@@ -1,4 +1,4 @@
-"""An arm whose controller is ideal, on a clock of its own, behind `RobotStepEnv`; several side by side for the suite."""
+"""An arm with an ideal controller, on a clock of its own, behind `RobotStepEnv`; several side by side for the suite."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPEC = ArmSpec(
 
 
 class FakeTime:
-    """Goes on where somebody sleeps, and by `tick` s at every look."""
+    """Goes on where somebody sleeps."""
 
     def __init__(self) -> None:
         self.t = 100.0
