@@ -1,6 +1,7 @@
 """The digital twin as its users meet it: a process behind topics, asked through the drivers, judged by what it wrote
 down."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,11 +14,13 @@ import pytest
 import torch
 
 from vla_rl.envs.tabletop import TabletopConfig, TabletopEnv
+from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
 from vla_rl.real_robot.dds import SENSOR, DDSNode, NodeConfig
 from vla_rl.real_robot.drivers.dds_arm import DDSArm, DDSArmConfig, DDSCamera, DDSCameraConfig, twin_arm_spec
 from vla_rl.real_robot.drivers.twin_episodes import TwinEpisodes
 from vla_rl.real_robot.interfaces import Arm, Camera, Command, HardwareError
 from vla_rl.real_robot.ros_messages import message_types
+from vla_rl.real_robot.twin import TwinConfig
 from vla_rl.real_robot.twin_controller import TrajectoryController
 from vla_rl.real_robot.twin_faults import Faults, FaultyWire, read_record
 from vla_rl.sim.experts import ScriptedExpert
@@ -409,3 +412,12 @@ def test_the_twin_can_die_with_a_code(tmp_path):
     process.stdout.close()
     camera.close()
     episodes.close()
+
+
+def test_configurations_are_json():
+    for config in (
+        TwinConfig(faults=Faults(drop={"/x": 0.5}, freeze=("agent",)), node=NODE),
+        DDSArmConfig(node=NODE),
+        DDSCameraConfig("agent", "/camera/agent/image_raw"),
+    ):
+        assert config_from_dict(type(config), json.loads(json.dumps(config_to_dict(config)))) == config
