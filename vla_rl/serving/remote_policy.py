@@ -32,7 +32,11 @@ class RemotePolicy:
         first = PolicyClient(url, api_key=key, timeout_s=self._config.first_timeout_s)
         black = {c: torch.zeros(1, s.height, s.width, 3, dtype=torch.uint8) for c, s in spec.cameras.items()}
         probe = Observation(black, torch.zeros(1, spec.state_dim), ("",))
-        chunk = first.infer(write_observation(probe, 0, self._keys))["actions"]
+        try:
+            chunk = first.infer(write_observation(probe, 0, self._keys))["actions"]
+        except BaseException:
+            first.close()
+            raise
         self.metadata = first.metadata
         self.action_horizon, self.action_dim = chunk.shape
         self.noise_dim = first.metadata["vla_rl"]["noise_shape"][1] if first.has_envelope else self.action_dim

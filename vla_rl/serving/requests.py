@@ -146,7 +146,9 @@ def _envelope(envelope: Any, shapes: RequestShapes) -> dict[str, Any]:
         return {}
     if not isinstance(envelope, dict) or type(envelope.get("id")) is not int:
         raise RequestError("bad_request", f"{ENVELOPE} must be a map with an id that is an integer")
-    found: dict[str, Any] = {name: _natural(envelope[name], name) for name in ("session", "decision", "delay") if name in envelope}
+    found: dict[str, Any] = {
+        name: _natural(envelope[name], name) for name in ("session", "decision", "delay") if name in envelope
+    }
     if "deadline_ms" in envelope:
         deadline = envelope["deadline_ms"]
         if type(deadline) not in (int, float) or not 0 <= deadline < 1e9:
