@@ -162,8 +162,7 @@ KERNELS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", ["pi0", "smolvla"])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("kernel", "name"), [(kernel, "pi0") for kernel in KERNELS] + [("flow_noise", "smolvla")])
 def test_other_kernels_on_a_padded_chunk(kernel, name, tmp_path):
     """The head of Flow-Noise is as wide as the chunk, and learns; padded dimensions are not scored."""
     config = train_config(name, sampler=KERNELS[kernel])
@@ -201,7 +200,7 @@ def test_adapters_of_the_language_model(name, tmp_path):
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "encoded_again"])
-@pytest.mark.parametrize("name", [name for name in FAMILIES if "openvla" not in name] + ["openvla_oft"])
+@pytest.mark.parametrize("name", ["pi0", "smolvla", "hf_token", "openvla_oft"])
 def test_a_bfloat16_encoder(name, cached, tmp_path):
     """The expert is float32, and so are actions and likelihoods; prefixes are kept, or made a second time."""
     adaptation = AdaptationConfig(train=("expert",), precision="bfloat16")
@@ -243,5 +242,5 @@ def test_pictures_are_looked_at_once_where_vision_is_frozen(name, precision, tmp
     env.close()
     assert policy.vision_is_frozen
     assert not policy.encoder_is_frozen
-    if precision == "float32":
+    if precision == "float32" and name in ("smolvla", "hf_flow", "openvla"):
         check_updates(run_whole_and_resumed(name, config, tmp_path, adaptation)[1], FLOAT32_ERROR)
