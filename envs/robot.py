@@ -1,8 +1,10 @@
 """An arm on a table behind the one contract: evaluation and reinforcement learning run on it unchanged.
 
-`RobotStepEnv` makes a step environment of an `Arm`, its cameras, a mapping of actions to commands and a source of
-success. It keeps real time, sends nothing that has not passed the safety filter, and takes the arm home through that
-filter for a reset. `ChunkedEnv(RobotStepEnv(...))` is the chunked environment, `RobotGymEnv` the Gymnasium one.
+`RobotStepEnv` makes a step environment of a guarded arm (`Guard(arm)` in this process, or `SupervisorClient`), its
+cameras, a mapping of actions to commands and a source of success. It keeps real time, moves the arm only through the
+guard's safety filter, and takes it home through that filter for a reset. Between two chunks, while the policy thinks,
+the arm stands: `KeptAlive(guarded_arm)` repeats the standing target then, for arms and supervisors that take silence
+for a dead program. `ChunkedEnv(RobotStepEnv(...))` is the chunked environment, `RobotGymEnv` the Gymnasium one.
 
 A person may take over at any step (`teleop`, `takeover`): `taken` says what was executed in place of the policy's
 proposals, and whose it was, in the form in which `EpisodeWriter` stores it.
@@ -28,7 +30,6 @@ from vla_rl.envs.robot_actions import ActionMapping
 from vla_rl.offpolicy.interventions import Takeover as Taken
 from vla_rl.protocols import StepOutcome
 from vla_rl.real_robot.interfaces import (
-    Arm,
     ArmState,
     Camera,
     Command,
@@ -39,7 +40,7 @@ from vla_rl.real_robot.interfaces import (
     Vector,
 )
 from vla_rl.real_robot.modes import Event, Mode
-from vla_rl.real_robot.safety import SafetyFilter
+from vla_rl.real_robot.supervisor import GuardedArm
 from vla_rl.real_robot.takeover import Control, Takeover
 
 _GYM_SEED_LIMIT = 2**31
@@ -78,7 +79,8 @@ class RobotEnvConfig:
 
 @dataclass(frozen=True)
 class RobotParts:
-    """What the environment is made of. All are connected by `RobotStepEnv` and closed by its `close`.
+    """What the environment is made of. The arm is connected, and closed by who made it; cameras and teleoperation are
+    connected by `RobotStepEnv` and closed by its `close`.
 
     `success`: says of an observation [1] with pictures whether the task is done: a classifier, a topic of the twin;
     None where only a button does. `confirm`: tells a person what to do (put the scene back, look why the arm stopped)
@@ -86,8 +88,7 @@ class RobotParts:
     state [S] named `state_names`; None: joints and gripper width.
     """
 
-    arm: Arm
-    filter: SafetyFilter
+    arm: GuardedArm
     mapping: ActionMapping
     cameras: Sequence[Camera] = ()
     success: Callable[[Observation], bool] | None = None
@@ -174,7 +175,7 @@ class RobotStepEnv:
         except HardwareError as error:
             problem = str(error)
         if problem:
-            self._stop(problem)
+            self.parts.arm.stop(problem)
             return self._outcome(lost=True)
         success = bool(self._buttons.get(self.config.success_button, False)) or (
             self.parts.success is not None and bool(self.parts.success(self._observation(True)))
@@ -206,11 +207,10 @@ class RobotStepEnv:
         self._shown = self._look()
 
     def close(self) -> None:
-        """Hold, and close everything; the first error is raised after all were tried."""
+        """Disarm where the arm stands, and close cameras and teleoperation; the first error is raised after all."""
         errors: list[Exception] = []
-        steps = [lambda: self.parts.arm.stop("close"), *(camera.close for camera in self.parts.cameras)]
-        steps += [self.parts.teleop.close] if self.parts.teleop is not None else []
-        for call in [*steps, self.parts.arm.close]:
+        devices = [*self.parts.cameras, *([self.parts.teleop] if self.parts.teleop is not None else [])]
+        for call in [self._disarm, *(device.close for device in devices)]:
             try:
                 call()
             except HardwareError as error:
@@ -235,7 +235,6 @@ class RobotStepEnv:
 
     # ------------------------------------------------------------------------------------------------------ the arm
     def _connect(self) -> None:
-        self.parts.arm.connect()
         for camera in self.parts.cameras:
             camera.connect()
         if self.parts.teleop is not None:
@@ -256,7 +255,7 @@ class RobotStepEnv:
         sample = self._sample()
         if self.parts.takeover is not None:
             human = self.parts.takeover.update(sample, standing, self._shown.arm.position, now)
-            self._follow(human.control, now)
+            self._follow(human.control)
             if human.control != Control.POLICY:
                 who = Source.HUMAN
                 action = self.parts.mapping.action_of(human.command or standing, standing)
@@ -271,7 +270,7 @@ class RobotStepEnv:
         count = max(1, round(self.parts.arm.spec.rate_hz / self.config.control_hz))
         for i in range(1, count + 1):
             position = target.position if i == count else start + (i / count) * (target.position - start)
-            self._send(replace(target, position=position, sequence=self._standing().sequence + 1), clock.now())
+            self._send(replace(target, position=position, sequence=self._standing().sequence + 1))
             if i < count:
                 clock.sleep(max(0.0, now + i * self._period / count - clock.now()))
 
@@ -286,30 +285,27 @@ class RobotStepEnv:
         self._buttons = sample.buttons
         return sample
 
-    def _send(self, command: Command, now: float) -> None:
-        filtered = self.parts.filter.filter(command, self.parts.arm.read(), now)
-        if filtered.command is None or filtered.stop_reason:
-            why = filtered.stop_reason or f"nothing may be sent in mode {self.parts.filter.modes.mode.value}"
-            raise HardwareError(f"the safety filter stops: {why}")
-        self._target = self.parts.arm.send(filtered.command)
+    def _send(self, command: Command) -> None:
+        applied = self.parts.arm.apply(command)
+        if applied.command is None or applied.stop_reason:
+            why = applied.stop_reason or f"nothing may be sent in mode {applied.mode.value}"
+            raise HardwareError(f"the arm was stopped: {why}")
+        self._target = applied.command
 
-    def _follow(self, control: Control, now: float) -> None:
-        """Bring the filter's mode in line with whose commands come."""
-        modes = self.parts.filter.modes
-        if control == Control.HUMAN and modes.mode in (Mode.RUN, Mode.HOLD):
-            modes.fire(Event.TAKEOVER, now)
-        if control != Control.HUMAN and modes.mode is Mode.HUMAN:
-            modes.fire(Event.RELEASE, now)
-        if control == Control.POLICY and modes.mode is Mode.HOLD:
-            modes.fire(Event.RESUME, now)
-
-    def _stop(self, reason: str) -> None:
-        self.parts.filter.stop(reason, self.parts.clock.now())
-        self.parts.arm.stop(reason)
+    def _follow(self, control: Control) -> None:
+        """Bring the guard's mode in line with whose commands come."""
+        arm = self.parts.arm
+        _, mode, _ = arm.read()
+        if control == Control.HUMAN and mode in (Mode.RUN, Mode.HOLD):
+            mode = arm.fire(Event.TAKEOVER)
+        if control != Control.HUMAN and mode is Mode.HUMAN:
+            mode = arm.fire(Event.RELEASE)
+        if control == Control.POLICY and mode is Mode.HOLD:
+            arm.fire(Event.RESUME)
 
     def _standing(self) -> Command:
         if self._target is None:
-            state = self.parts.arm.read()
+            state, _, _ = self.parts.arm.read()
             self._target = Command(state.position.copy(), state.gripper)
         return self._target
 
@@ -324,44 +320,49 @@ class RobotStepEnv:
             longest = float(np.abs(way).max())
             share = 1.0 if longest == 0 else min(1.0, config.home_speed * self._period / longest)
             planned = goal.position.copy() if share == 1.0 else planned + share * way
-            self._send(Command(planned, goal.gripper, self._standing().sequence + 1), now)
+            self._send(Command(planned, goal.gripper, self._standing().sequence + 1))
             clock.sleep(max(0.0, now + self._period - clock.now()))
-            state = self.parts.arm.read()
-            if state.fault:
+            state, _, stopped = self.parts.arm.read()
+            if state.fault or stopped:
                 break
             arrived = np.abs(state.position - goal.position).max() <= config.home_tolerance
             if arrived and np.allclose(self._standing().position, goal.position, atol=1e-9):
                 return
-        self._stop("the arm does not come home")
-        away = np.abs(self.parts.arm.read().position - goal.position).round(3).tolist()
+        state, _, stopped = self.parts.arm.read()
+        self.parts.arm.stop("the arm does not come home")
+        away = np.abs(state.position - goal.position).round(3).tolist()
         raise HardwareError(
-            f"{config.name} is not home after {config.home_timeout_s} s (away by {away} rad, "
-            f"fault {self.parts.arm.read().fault!r}); look what is in its way, or raise home_timeout_s"
+            f"{config.name} is not home after {config.home_timeout_s} s (away by {away} rad, stopped by "
+            f"{state.fault or stopped or 'nothing'}); look what is in its way, or raise home_timeout_s"
         )
 
     def _arm(self) -> None:
-        """Make the filter ready to send. After a stop a person has to look first: nothing re-arms itself."""
-        safety, clock = self.parts.filter, self.parts.clock
-        fault = self.parts.arm.read().fault or safety.modes.stop_reason
-        if fault:
+        """Make the guard ready to send. After a stop a person has to look first: nothing re-arms itself."""
+        arm = self.parts.arm
+        state, mode, stopped = arm.read()
+        if problem := state.fault or stopped:
             if self.parts.confirm is None:
-                raise HardwareError(f"{self.config.name} has stopped: {fault}; clear it and start again")
-            self.parts.confirm(f"{self.config.name} has stopped: {fault}. Clear it")
-        if safety.modes.mode is Mode.ESTOP:
-            safety.reset(clock.now())
-            self._target = None  # what stands is where the arm is
+                raise HardwareError(f"{self.config.name} has stopped: {problem}; clear it and start again")
+            self.parts.confirm(f"{self.config.name} has stopped: {problem}. Clear it")
+        if mode is Mode.ESTOP:
+            mode = arm.fire(Event.RESET)
         if self.parts.takeover is not None:
             self.parts.takeover.control = Control.POLICY
-            self._follow(Control.POLICY, clock.now())
-        if safety.modes.mode is Mode.IDLE:
+            self._follow(Control.POLICY)
+        if mode is Mode.IDLE:
+            self._target = None  # what stands is where the arm is
             try:
-                safety.start(self.parts.arm.read(), clock.now())
+                arm.fire(Event.START)
             except ValueError as error:
                 raise HardwareError(str(error)) from error
 
+    def _disarm(self) -> None:
+        if self.parts.arm.read()[1].sends:
+            self.parts.arm.fire(Event.FINISH)
+
     # ------------------------------------------------------------------------------------------------- observations
     def _look(self) -> _Shown:
-        return _Shown(self.parts.arm.read(), {camera.name: camera.latest() for camera in self.parts.cameras})
+        return _Shown(self.parts.arm.read()[0], {camera.name: camera.latest() for camera in self.parts.cameras})
 
     def _problem(self) -> str:
         """Why the episode cannot go on, "" where it can."""

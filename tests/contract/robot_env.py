@@ -14,7 +14,9 @@ from vla_rl.envs.robot import Clock, RobotEnvConfig, RobotParts, RobotStepEnv
 from vla_rl.envs.robot_actions import JointDelta
 from vla_rl.protocols import StepOutcome
 from vla_rl.real_robot.interfaces import ArmSpec, ArmState, Command, Picture
+from vla_rl.real_robot.modes import Event, Mode
 from vla_rl.real_robot.safety import SafetyConfig, SafetyFilter
+from vla_rl.real_robot.supervisor import Applied
 
 SPEC = ArmSpec(
     name="ideal",
@@ -74,6 +76,34 @@ class IdealArm:
         self.closed = True
 
 
+class TimedGuard:
+    """What `supervisor.Guard` does, with its safety filter, on the clock of a test."""
+
+    def __init__(self, arm: IdealArm, time: FakeTime) -> None:
+        self.arm, self.spec, self._time = arm, arm.spec, time
+        self.filter = SafetyFilter(arm.spec, SafetyConfig(speed_scale=1.0, max_step=1.0))
+
+    def read(self) -> tuple[ArmState, Mode, str]:
+        return self.arm.read(), self.filter.modes.mode, self.filter.modes.stop_reason
+
+    def fire(self, event: Event, reason: str = "") -> Mode:
+        if event is Event.START:
+            self.filter.start(self.arm.read(), self._time.t)
+            return self.filter.modes.mode
+        return self.filter.modes.fire(event, self._time.t, reason)
+
+    def apply(self, command: Command) -> Applied:
+        filtered = self.filter.filter(command, self.arm.read(), self._time.t)
+        if filtered.stop_reason or filtered.command is None:
+            self.stop(filtered.stop_reason)
+            return Applied(None, (), self.filter.modes.mode, filtered.stop_reason)
+        return Applied(self.arm.send(filtered.command), filtered.clamps, self.filter.modes.mode, "")
+
+    def stop(self, reason: str) -> None:
+        self.arm.stop(reason)
+        self.filter.stop(reason, self._time.t)
+
+
 class ArmCamera:
     """Shows where the arm is. With `frozen`, the same picture over and over."""
 
@@ -103,16 +133,17 @@ def done(obs: Observation) -> bool:
 
 
 def make_robot(
-    config: RobotEnvConfig | None = None, time: FakeTime | None = None, **parts: Any
+    config: RobotEnvConfig | None = None, time: FakeTime | None = None, arm: IdealArm | None = None, **parts: Any
 ) -> tuple[RobotStepEnv, IdealArm, FakeTime]:
     time = time or FakeTime()
-    arm = IdealArm(time)
+    arm = arm or IdealArm(time)
     config = config or RobotEnvConfig(
         "ideal arm", "reach out", control_hz=10.0, max_episode_steps=7, home_noise=0.1, home_speed=2.0
     )
-    safety = SafetyFilter(SPEC, SafetyConfig(speed_scale=1.0, max_step=1.0))
     defaults: dict[str, Any] = {"success": done, "cameras": (ArmCamera(arm, time),), "confirm": lambda text: None}
-    made = RobotParts(arm, safety, JointDelta(SPEC, 0.15), clock=time.clock(), **(defaults | parts))
+    made = RobotParts(
+        TimedGuard(arm, time), **({"mapping": JointDelta(SPEC, 0.15), "clock": time.clock()} | defaults | parts)
+    )
     return RobotStepEnv(made, config), arm, time
 
 

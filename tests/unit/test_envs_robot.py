@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,14 @@ from tests.contract.robot_env import SPEC, ArmCamera, FakeTime, IdealArm, make_r
 from vla_rl.core import ActionSpec, Source
 from vla_rl.data.replay import ReplayBuffer, ReplayConfig
 from vla_rl.data.replay_writer import EpisodeWriter
-from vla_rl.envs.robot import RobotEnvConfig, RobotGymEnv, RobotStepEnv
+from vla_rl.envs.robot import RobotEnvConfig, RobotGymEnv, RobotParts, RobotStepEnv
 from vla_rl.envs.robot_actions import JointDelta, JointPosition, ToolDelta
+from vla_rl.envs.robot_hold import KeptAlive
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.real_robot.interfaces import Command, HardwareError, TeleopSample
 from vla_rl.real_robot.modes import Mode
+from vla_rl.real_robot.safety import SafetyConfig
+from vla_rl.real_robot.supervisor import Guard
 from vla_rl.real_robot.takeover import Takeover, TakeoverConfig
 
 ONE = torch.ones(1, dtype=torch.bool)
@@ -75,22 +80,22 @@ def test_tool_delta_moves_the_tool_and_stays_bounded_where_it_is_singular():
 
 # --------------------------------------------------------------------------------------------------------------- moving
 def test_steps_keep_real_time_and_are_divided_to_the_rate_of_the_arm():
-    env, arm, time = make_robot(quiet())
+    env, arm, fake = make_robot(quiet())
     reset(env)
-    begin, before = time.t, len(arm.sent)
+    begin, before = fake.t, len(arm.sent)
     for _ in range(3):
         env.step(torch.tensor([[1.0, 0.0, 1.0]]), ONE)
-    assert time.t - begin == pytest.approx(0.3)
+    assert fake.t - begin == pytest.approx(0.3)
     sent = arm.sent[before:]
     np.testing.assert_allclose([t - begin for t, _ in sent], [0, 0.05, 0.1, 0.15, 0.2, 0.25], atol=1e-9)
     np.testing.assert_allclose(np.diff([c.position[0] for _, c in sent]), 0.075, atol=1e-6)
     assert env.num_late == 0
-    time.sleep(0.3)  # a slow policy
+    fake.sleep(0.3)  # a slow policy
     env.step(torch.tensor([[0.0, 0.0, 1.0]]), ONE)
-    late = time.t
+    late = fake.t
     env.step(torch.tensor([[0.0, 0.0, 1.0]]), ONE)
     assert env.num_late == 1
-    assert time.t - late == pytest.approx(0.1)  # and nobody hurries to make up for it
+    assert fake.t - late == pytest.approx(0.1)  # and nobody hurries to make up for it
 
 
 def test_nothing_passes_by_the_safety_filter():
@@ -121,15 +126,11 @@ def test_arm_that_does_not_come_home_is_an_error_and_stopped():
             self.sent.append((self._time.t, command))
             return command
 
-    time = FakeTime()
-    arm = Stuck(time)
-    env, _, _ = make_robot(quiet(home_timeout_s=2.0), time)
-    stuck = RobotStepEnv(
-        type(env.parts)(**{**env.parts.__dict__, "arm": arm, "cameras": ()}), quiet(home_timeout_s=2.0)
-    )
+    fake = FakeTime()
+    stuck, arm, _ = make_robot(quiet(home_timeout_s=2.0), fake, arm=Stuck(fake))
     with pytest.raises(HardwareError, match="is not home after"):
         reset(stuck)
-    assert arm.stops == ["the arm does not come home"]
+    assert arm.stops[-1] == "the arm does not come home"
 
 
 # ----------------------------------------------------------------------------------------------------------------- ends
@@ -144,9 +145,9 @@ def test_success_ends_the_episode_with_reward_one():
 
 @pytest.mark.parametrize("problem", ["fault", "stale", "frozen"])
 def test_a_broken_arm_or_camera_loses_the_episode_and_the_arm_holds(problem: str):
-    time = FakeTime()
+    fake = FakeTime()
     asked: list[str] = []
-    env, arm, _ = make_robot(quiet(), time, confirm=asked.append)
+    env, arm, _ = make_robot(quiet(), fake, confirm=asked.append)
     reset(env)
     camera = env.parts.cameras[0]
     assert isinstance(camera, ArmCamera)
@@ -158,7 +159,7 @@ def test_a_broken_arm_or_camera_loses_the_episode_and_the_arm_holds(problem: str
         camera.frozen = True
     outcomes = [env.step(torch.tensor([[0.1, 0.0, 1.0]]), ONE) for _ in range(4)]
     assert bool(outcomes[-1].lost)
-    assert env.parts.filter.modes.mode is Mode.ESTOP
+    assert env.parts.arm.read()[1] is Mode.ESTOP
     assert arm.stops
     sent = len(arm.sent)
     env.step(torch.tensor([[0.1, 0.0, 1.0]]), ONE)
@@ -214,10 +215,10 @@ class Hand:
 
 
 def test_a_person_takes_over_and_both_actions_are_stored():
-    time = FakeTime()
-    hand = Hand(time, 2, 5)
+    fake = FakeTime()
+    hand = Hand(fake, 2, 5)
     env, arm, _ = make_robot(
-        quiet(), time, teleop=hand, takeover=Takeover(SPEC, TakeoverConfig(max_lead=0.5)), success=None
+        quiet(), fake, teleop=hand, takeover=Takeover(SPEC, TakeoverConfig(max_lead=0.5)), success=None
     )
     chunked = ChunkedEnv(env, auto_reset=False)
     obs = chunked.reset([5])
@@ -243,7 +244,7 @@ def test_a_person_takes_over_and_both_actions_are_stored():
 
 
 def test_device_that_falls_silent_in_a_takeover_holds_the_arm():
-    time = FakeTime()
+    fake = FakeTime()
 
     class Silent(Hand):
         def read(self) -> TeleopSample:
@@ -253,19 +254,57 @@ def test_device_that_falls_silent_in_a_takeover_holds_the_arm():
             return sample
 
     env, arm, _ = make_robot(
-        quiet(), time, teleop=Silent(time, 1, 99), takeover=Takeover(SPEC, TakeoverConfig()), success=None
+        quiet(), fake, teleop=Silent(fake, 1, 99), takeover=Takeover(SPEC, TakeoverConfig()), success=None
     )
     reset(env)
     for _ in range(6):
         env.step(torch.tensor([[1.0, 0.0, 1.0]]), ONE)
     held = [c.position for _, c in arm.sent[-4:]]
     np.testing.assert_allclose(np.diff(held, axis=0), 0.0, atol=1e-9)
-    assert env.parts.filter.modes.mode is Mode.HOLD
+    assert env.parts.arm.read()[1] is Mode.HOLD
+
+
+# ------------------------------------------------------------------------------------------------------ in real time
+class RealTime(FakeTime):
+    """The machine's own clock."""
+
+    @property
+    def t(self) -> float:
+        return time.monotonic()
+
+    @t.setter
+    def t(self, value: float) -> None:
+        pass
+
+
+def test_silence_between_chunks_is_no_silence_for_the_arm():
+    arm = IdealArm(RealTime())
+    kept = KeptAlive(Guard(arm, SafetyConfig(speed_scale=1.0, max_step=1.0)))
+    parts = RobotParts(kept, JointDelta(SPEC, 0.15))
+    env = RobotStepEnv(parts, quiet(home_speed=3.0, control_hz=20.0))
+    try:
+        reset(env)
+        for _ in range(2):  # 20 Hz
+            env.step(torch.tensor([[0.5, 0.0, 1.0]]), ONE)
+            time.sleep(0.5)  # a slow policy
+        stamps = np.array([t for t, _ in arm.sent])
+        assert np.diff(stamps).max() < 0.2
+        assert kept.num_repeated >= 10
+        assert np.diff(stamps).min() > 0.5 / 20  # and none was too early for the filter
+        np.testing.assert_allclose(arm.sent[-1][1].position, SPEC.home + np.array([0.15, 0.0]), atol=1e-6)
+        assert len({c.sequence for _, c in arm.sent}) == len(arm.sent)
+        kept.stop("a person")
+        count = len(arm.sent)
+        time.sleep(0.2)
+        assert len(arm.sent) == count, "what is stopped is not kept alive"
+    finally:
+        kept.close()
+    env.close()
 
 
 # ------------------------------------------------------------------------------------------------------------ Gymnasium
 def test_gymnasium_environment():
-    env, arm, _ = make_robot(quiet(max_episode_steps=3))
+    env, _, _ = make_robot(quiet(max_episode_steps=3))
     robot = RobotGymEnv(env)
     obs, _ = robot.reset(seed=1)
     assert robot.observation_space.contains(obs)
@@ -279,7 +318,7 @@ def test_gymnasium_environment():
     with pytest.raises(ValueError, match="finite"):
         robot.step(np.array([np.nan, 0, 0], np.float32))
     robot.close()
-    assert arm.closed
+    assert env.parts.arm.read()[1] is Mode.IDLE
 
 
 @pytest.mark.filterwarnings("ignore:.*infinity:UserWarning")  # a state has no bounds
