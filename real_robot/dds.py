@@ -145,12 +145,18 @@ class Publisher:
         return len(self._open().get_matched_subscriptions())
 
     def publish(self, message: Any) -> None:
-        """Raises HardwareError after `close`, TypeError for a message of another type."""
+        """Raises HardwareError after `close` or where Cyclone DDS cannot send, TypeError for a message of another
+        type."""
+        from cyclonedds.core import DDSException
+
         if getattr(message, "__msgtype__", None) != self._type_name:
             raise TypeError(f"this topic carries {self._type_name}, got {type(message).__name__}")
         sample = self._sample()
         sample.cdr = self._types.serialize(message)
-        self._open().write(sample)
+        try:
+            self._open().write(sample)
+        except DDSException as error:
+            raise HardwareError(f"cannot publish {self._type_name}: {error}") from error
 
     def wait_for_subscribers(self, timeout_s: float) -> bool:
         """Until a reader is matched, and then as long as it usually takes the reader to know of it too: what is

@@ -104,7 +104,7 @@ class MessageTypes:
         element, length = detail
         if element[0].name == "BASE" and "string" not in element[1][0]:
             default = np.zeros(length if kind == "ARRAY" else 0, _NUMPY[element[1][0]])
-            return default if value is None else np.asarray(value, default.dtype)
+            return default if value is None else np.ascontiguousarray(value, default.dtype)
         default = [None] * (length if kind == "ARRAY" else 0)
         return [self._value(element, item) for item in (default if value is None else value)]
 

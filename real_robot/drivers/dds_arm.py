@@ -8,13 +8,14 @@ setpoint is; if nothing follows, it has arrived after that period and stands. Se
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from vla_rl.real_robot.dds import COMMAND, SENSOR, STATUS, DDSNode, NodeConfig, Publisher, Subscription
+from vla_rl.real_robot.dds import COMMAND, SENSOR, STATUS, DDSNode, NodeConfig, Publisher, Received, Subscription
 from vla_rl.real_robot.interfaces import ArmSpec, ArmState, Command, HardwareError, Picture
 from vla_rl.sim.arm import FINGER_NAMES, FINGER_TRAVEL, HOME, JOINT_HIGH, JOINT_LOW, JOINT_NAMES, JOINT_SPEED
 
@@ -22,8 +23,9 @@ from vla_rl.sim.arm import FINGER_NAMES, FINGER_TRAVEL, HOME, JOINT_HIGH, JOINT_
 @dataclass(frozen=True)
 class DDSArmConfig:
     """`finger_joints`: of /joint_states, their positions add up to the gripper's width; () for no gripper.
-    `periods_ahead`: how long the controller gets for a command, in control periods. `gripper_step`: a width is sent
-    when it differs from the last one sent by this many metres, never again and again."""
+    `periods_ahead`: how long the controller gets for a command, in control periods. A width is sent when it differs
+    from the last one sent by `gripper_step` metres, and again after `gripper_repeat_s`: never with every command, which
+    some grippers answer by starting anew."""
 
     node: NodeConfig = field(default_factory=lambda: NodeConfig("vla_rl_arm"))
     joint_states: str = "/joint_states"
@@ -33,6 +35,7 @@ class DDSArmConfig:
     finger_joints: tuple[str, ...] = FINGER_NAMES
     periods_ahead: float = 1.0
     gripper_step: float = 0.0005
+    gripper_repeat_s: float = 1.0
     connect_timeout_s: float = 5.0
 
 
@@ -70,21 +73,27 @@ class DDSArm:
         self.spec = spec
         self.config = config or DDSArmConfig()
         self._node: DDSNode | None = None
-        self._width: float | None = None
-        self._order: list[int] | None = None
+        self._wanted = (*spec.joint_names, *self.config.finger_joints)
+        self._lock = threading.Lock()
+        self._joints: dict[str, tuple[float, float, float]] = {}  # name -> position, velocity, receive stamp
+        self._width, self._width_sent = np.nan, -np.inf
 
     def connect(self) -> None:
         config, node = self.config, DDSNode.open(self.config.node)
+        self._width_sent = -np.inf
+        self._joints.clear()
         try:
-            self._joints: Subscription = node.subscription(config.joint_states, "sensor_msgs/msg/JointState", SENSOR)
+            node.subscription(config.joint_states, "sensor_msgs/msg/JointState", SENSOR, self._take_joints)
             self._fault: Subscription = node.subscription(config.fault, "std_msgs/msg/String", STATUS)
             self._trajectory: Publisher = node.publisher(
                 config.trajectory, "trajectory_msgs/msg/JointTrajectory", COMMAND
             )
             self._gripper: Publisher = node.publisher(config.gripper, "std_msgs/msg/Float64MultiArray", COMMAND)
             end = time.monotonic() + config.connect_timeout_s
-            if self._joints.wait(config.connect_timeout_s) is None:
-                raise HardwareError(f"no joint states come on {config.joint_states} {_where(node, config.node)}")
+            while not set(self._wanted) <= self._joints.keys():
+                if time.monotonic() > end:
+                    raise HardwareError(self._what_is_missing(node))
+                time.sleep(0.005)
             wanted = {config.trajectory: self._trajectory} | (
                 {config.gripper: self._gripper} if config.finger_joints else {}
             )
@@ -94,26 +103,19 @@ class DDSArm:
         except BaseException:
             node.close()
             raise
-        self._node, self._width, self._order = node, None, None
-        self.read()  # an arm with other joints is refused here, not in the loop
+        self._node = node
 
     def read(self) -> ArmState:
-        """See `Arm.read`. Raises HardwareError before `connect`, and where joints are missing from the message."""
+        """See `Arm.read`; as old as the oldest of its joints. Raises HardwareError before `connect`."""
         self._connected()
-        received = self._joints.latest()
-        if received is None:
-            raise HardwareError(f"no joint states have come on {self.config.joint_states}")
-        message = received.message
-        rows = self._rows(list(message.name))
-        position = np.asarray(message.position, np.float64)[rows]
-        velocity = np.asarray(message.velocity, np.float64)
-        velocity = velocity[rows] if len(velocity) else np.zeros(len(rows))
+        with self._lock:
+            position, velocity, stamps = np.ascontiguousarray(np.array([self._joints[name] for name in self._wanted]).T)
         count, fault = self.spec.num_joints, self._fault.latest()
         return ArmState(
             position=position[:count],
             velocity=velocity[:count],
             gripper=float(position[count:].sum()),
-            stamp=received.stamp,
+            stamp=float(stamps.min()),
             fault="" if fault is None else fault.message.data,
         )
 
@@ -129,11 +131,8 @@ class DDSArm:
             "time_from_start": {"sec": ahead // 10**9, "nanosec": ahead % 10**9},
         }
         self._trajectory.publish(self._message(node, [point]))
-        if self.config.finger_joints and (
-            self._width is None or abs(command.gripper - self._width) >= self.config.gripper_step
-        ):
-            self._width = command.gripper
-            self._gripper.publish(node.message("std_msgs/msg/Float64MultiArray", {"data": [command.gripper]}))
+        if self.config.finger_joints:
+            self._send_width(node, command.gripper)
         return command
 
     def stop(self, reason: str) -> None:
@@ -155,18 +154,32 @@ class DDSArm:
         fields = {"header": {"frame_id": frame_id}, "joint_names": self.spec.joint_names, "points": points}
         return node.message("trajectory_msgs/msg/JointTrajectory", fields)
 
-    def _rows(self, names: list[str]) -> list[int]:
-        """Where this arm's joints and fingers stand in the message, which may hold others, in any order."""
-        if self._order is None or len(names) <= max(self._order, default=-1):
-            wanted = (*self.spec.joint_names, *self.config.finger_joints)
-            missing = [name for name in wanted if name not in names]
-            if missing:
-                raise HardwareError(
-                    f"{self.config.joint_states} has no {', '.join(missing)}; it has {', '.join(names)}: give "
-                    "ArmSpec.joint_names and finger_joints as the robot calls them"
-                )
-            self._order = [names.index(name) for name in wanted]
-        return self._order
+    def _send_width(self, node: DDSNode, width: float) -> None:
+        config, now = self.config, time.monotonic()
+        if abs(width - self._width) < config.gripper_step and now - self._width_sent < config.gripper_repeat_s:
+            return
+        self._width, self._width_sent = width, now
+        self._gripper.publish(node.message("std_msgs/msg/Float64MultiArray", {"data": [width]}))
+
+    def _take_joints(self, received: Received) -> None:
+        """Several nodes may publish joint states, each of its own joints, in any order; some only velocities."""
+        message, stamp = received.message, received.stamp
+        count = len(message.name)
+        if len(message.position) != count:
+            return
+        velocity = message.velocity if len(message.velocity) == count else np.zeros(count)
+        with self._lock:
+            for name, q, v in zip(message.name, message.position, velocity, strict=True):
+                self._joints[name] = (q, v, stamp)
+
+    def _what_is_missing(self, node: DDSNode) -> str:
+        topic, missing = self.config.joint_states, [name for name in self._wanted if name not in self._joints]
+        if not self._joints:
+            return f"no joint states come on {topic} {_where(node, self.config.node)}"
+        return (
+            f"{topic} has no {', '.join(missing)}; it has {', '.join(self._joints)}: give ArmSpec.joint_names and "
+            "finger_joints as the robot calls them"
+        )
 
     def _connected(self) -> DDSNode:
         if self._node is None:

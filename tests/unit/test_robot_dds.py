@@ -135,6 +135,29 @@ def test_a_killed_writer_is_silent_and_a_new_one_is_heard():
         end_peer(last)
 
 
+def test_a_reader_that_stands_still_does_not_block_a_writer():
+    peer = start_peer("echo", DOMAIN + 3, "jazzy")
+    with DDSNode("tester", DOMAIN + 3) as node:
+        back = node.subscription("/back/joints", JOINTS, COMMAND)
+        to = node.publisher("/to/joints", JOINTS, COMMAND)
+        assert to.wait_for_subscribers(5.0)
+        peer.send_signal(signal.SIGSTOP)
+        message, longest = joint_state(node.types), 0.0
+        for i in range(500):
+            message.position[0] = i
+            before = time.monotonic()
+            to.publish(message)
+            longest = max(longest, time.monotonic() - before)
+            time.sleep(0.001)
+        peer.send_signal(signal.SIGCONT)
+        end = time.monotonic() + 5
+        while (received := back.latest()) is None or received.message.position[0] != 499:
+            assert time.monotonic() < end, "the newest did not come"
+            time.sleep(0.01)
+    assert longest < 0.08  # a writer that waits, waits 100 ms
+    end_peer(peer)
+
+
 def test_bytes_are_those_of_cyclonedds_own_coder():
     types = message_types()
     point = {"positions": [1.0, 2.0], "time_from_start": {"sec": 1}}
@@ -175,6 +198,8 @@ def test_messages_from_plain_values():
     assert state.position.dtype == np.float64
     assert (state.header.stamp.sec, state.name, len(state.velocity)) == (0, [], 0)
     assert types.message("sensor_msgs/msg/CameraInfo", {}).k.shape == (9,)
+    strided = types.message(JOINTS, {"position": np.arange(6.0)[::2]})
+    assert types.deserialize(types.serialize(strided), JOINTS).position.tolist() == [0, 2, 4]
     with pytest.raises(ValueError, match="has no field positions; it has header, name, position"):
         types.message(JOINTS, {"positions": [1]})
     with pytest.raises(ValueError, match="'JointState' is not in ROS 2 jazzy"):
@@ -257,7 +282,7 @@ def test_only_a_node_that_is_opened_hears_the_network():
 
 def test_an_unknown_interface_is_an_error():
     with pytest.raises(HardwareError, match=r"cannot open domain .* on network 'nowhere0'"):
-        DDSNode("tester", DOMAIN + 3, "nowhere0")
+        DDSNode("tester", DOMAIN + 4, "nowhere0")
 
 
 def test_missing_packages_are_named():

@@ -219,14 +219,16 @@ def test_joints_move_and_arrive_and_the_twin_wrote_down_what_it_was_told(twin):
     assert np.abs(twin.arm.read().position - path[-1]).max() < 2e-3
 
 
-def test_the_gripper_closes_opens_and_is_told_once(twin):
+def test_the_gripper_closes_opens_and_is_not_told_with_every_command(twin):
     position, since = twin.arm.read().position, time.monotonic()
     stream(twin.arm, [position] * 8, 0.01)
     wait_for(lambda: abs(twin.arm.read().gripper - 0.01) < 1e-3)
     stream(twin.arm, [position] * 8, 0.07)
     wait_for(lambda: abs(twin.arm.read().gripper - 0.07) < 1e-3)
     told = [e["data"] for e in events_since(twin, since, "received") if e["topic"] == "/gripper/commands"]
-    assert told == [[0.01], [0.07]]
+    assert 2 <= len(told) < 8  # of 16 commands; a second has passed, so some may be repeated
+    assert told == sorted(told)
+    assert {told[0][0], told[-1][0]} == {0.01, 0.07}
 
 
 def test_a_stop_holds_in_the_middle_of_a_motion(twin):
@@ -374,7 +376,7 @@ def test_the_tabletops_joint_targets_succeed_in_the_twin_too(twin):
 
 
 def test_an_arm_with_other_joints_or_another_domain_is_refused(twin):
-    strange = DDSArm(twin_arm_spec(), DDSArmConfig(node=NODE, finger_joints=("thumb",)))
+    strange = DDSArm(twin_arm_spec(), DDSArmConfig(node=NODE, finger_joints=("thumb",), connect_timeout_s=0.5))
     with pytest.raises(HardwareError, match="/joint_states has no thumb; it has joint1, joint2"):
         strange.connect()
     strange.close()
