@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
+from tests.unit.two_learners import ENVIRONMENT, start_two
 from vla_rl.configs import get_recipe
 from vla_rl.envs.two_way_reach import make_two_way_reach
 from vla_rl.onpolicy import ActorConfig, CriticConfig, GRPOConfig, PPOConfig, actor
@@ -26,7 +26,6 @@ from vla_rl.train.distributed import join_learners, learner, leave_learners, mer
 from vla_rl.train.loop import STATE_FILE, TrainConfig, run_training
 from vla_rl.train.metrics import read_metrics
 
-ROOT = Path(__file__).parents[2]
 CONFIG = TrainConfig(
     num_envs=8,
     num_iterations=8,
@@ -35,7 +34,6 @@ CONFIG = TrainConfig(
         num_decisions=4, critic_warmup_iterations=1, actor=ActorConfig(minibatch_size=32, num_epochs=2, target_kl=None)
     ),
 )
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 TIMED = ("time_s", "update/iteration_s", "rollout/wait_s")
 
 
@@ -122,29 +120,12 @@ def learner_config(num_iterations):
     return replace(CONFIG, algorithm=algorithm, num_iterations=num_iterations)
 
 
-def start_two(folder):
-    """What torchrun does, for `learn`."""
-    code = "import sys; from tests.unit.test_train_distributed import learn; learn(sys.argv[1])"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(folder)],
-            env=ENVIRONMENT | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [p.wait(timeout=120) for p in processes] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
 def test_two_learners_are_one(tmp_path, monkeypatch):
     """The same environments, gradient and policy as one process; and they go on from a checkpoint bit for bit."""
     seen = []
     monkeypatch.setattr(actor, "average_gradients", lambda ps, n: seen.append([p.grad.clone() for p in ps]))
     one = train(tmp_path / "one", learner_config(3))
-    first, second = start_two(tmp_path)
+    first, second = start_two("tests.unit.test_train_distributed:learn", tmp_path)
     for name in ("whole", "resumed", "gradient"):
         assert all(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True)), name
     torch.testing.assert_close(first["gradient"], seen[0], atol=1e-6, rtol=1e-4)

@@ -11,7 +11,8 @@ import pytest
 import ray
 import torch
 
-from tests.unit.test_train_distributed import ENVIRONMENT, ROOT, rows
+from tests.unit.test_train_distributed import rows
+from tests.unit.two_learners import ENVIRONMENT, ROOT
 from vla_rl.cli import main
 from vla_rl.configs import get_recipe
 from vla_rl.policies.build import build_policy

@@ -1,11 +1,7 @@
 """Supervised fine-tuning by two learners, with whole or with divided layers, against one process."""
 
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.unit.two_learners import start_two
 from vla_rl.core import Observation
 from vla_rl.flow.noise import ShareGenerator
 from vla_rl.policies.adaptation import AdaptationConfig, LoRAConfig, apply_adaptation, plain_state_dict
@@ -36,7 +33,6 @@ from vla_rl.train.metrics import read_metrics
 from vla_rl.train.sft import DIVERGED_FILE, SFTConfig, run_sft
 from vla_rl.train.sharding import shard_layers, whole_layers, whole_state
 
-ROOT = Path(__file__).parents[2]
 BATCH = 5  # of which learner 0 has two
 CONFIG = SFTConfig(
     num_updates=3,
@@ -158,19 +154,7 @@ def call_alone():
 def learned(tmp_path_factory):
     """What both learners end with, and the folder of their runs. They are started as torchrun does."""
     folder = tmp_path_factory.mktemp("learners")
-    code = "import sys; from tests.unit.test_train_sft_learners import learn; learn(sys.argv[1])"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | group
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(folder)], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(2)
-    ]
-    assert [p.wait(timeout=200) for p in processes] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)], folder
+    return start_two("tests.unit.test_train_sft_learners:learn", folder), folder
 
 
 @pytest.fixture(autouse=True)

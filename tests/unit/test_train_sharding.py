@@ -1,15 +1,12 @@
 """An adapted policy that learns in two processes, with whole or with divided layers, against one process."""
 
-import os
-import socket
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.unit.two_learners import start_two
 from vla_rl.core import Observation
 from vla_rl.envs.two_way_reach import make_two_way_reach
 from vla_rl.flow.config import FlowSamplerConfig
@@ -27,7 +24,6 @@ from vla_rl.train.loop import TrainConfig, Trainer, run_training
 from vla_rl.train.metrics import read_metrics
 from vla_rl.train.sharding import shard_layers, whole_state
 
-ROOT = Path(__file__).parents[2]
 NUM_ROWS = 5  # of which learner 0 has three
 
 
@@ -139,19 +135,7 @@ def run_twice(name, folder):
 def learned(tmp_path_factory):
     """What both learners end with. They are started as torchrun does."""
     folder = tmp_path_factory.mktemp("learners")
-    code = "import sys; from tests.unit.test_train_sharding import learn; learn(sys.argv[1])"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | group
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(folder)], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(2)
-    ]
-    assert [p.wait(timeout=200) for p in processes] == [0, 0]
-    return [*(torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)), folder]
+    return [*start_two("tests.unit.test_train_sharding:learn", folder), folder]
 
 
 @pytest.mark.parametrize("case", CASES)
