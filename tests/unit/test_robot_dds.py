@@ -20,7 +20,7 @@ from vla_rl.real_robot.interfaces import HardwareError
 from vla_rl.real_robot.ros_messages import message_types
 
 PEER = Path(__file__).with_name("dds_peer.py")
-DOMAIN = 1 + os.getpid() % 90
+DOMAIN = 1 + 5 * os.getpid() % 90  # and up to four more: processes that test side by side do not meet
 JOINTS, IMAGE, STRING = "sensor_msgs/msg/JointState", "sensor_msgs/msg/Image", "std_msgs/msg/String"
 # As every Jazzy installation computes it (`ros2 topic info -v`).
 JOINTS_HASH = "RIHS01_a13ee3a330e346c9d87b5aa18d24e11690752bd33a0350f11c5882bc9179260e"

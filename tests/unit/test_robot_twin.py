@@ -25,7 +25,7 @@ from vla_rl.real_robot.twin_controller import TrajectoryController
 from vla_rl.real_robot.twin_faults import Faults, FaultyWire, read_record
 from vla_rl.sim.experts import ScriptedExpert
 
-DOMAIN = 1 + os.getpid() % 90
+DOMAIN = 1 + 5 * os.getpid() % 90  # and up to four more: processes that test side by side do not meet
 NODE = NodeConfig("tester", DOMAIN)
 TRAJECTORY = "/arm/joint_trajectory"
 
