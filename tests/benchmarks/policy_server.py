@@ -1,8 +1,8 @@
 """What the policy server adds to inference: round trip less the policy's own time, two 224 px cameras on loopback.
 
-The server runs in a process of its own, each client in a thread of this one. The policy looks at both pictures, or, with
-`--policy state`, at neither, though they are sent: that is the server almost alone. With several clients the overhead
-includes waiting for the batch before.
+The server runs in a process of its own, each client in a thread of this one. The policy looks at both pictures; with
+`--policy state` it looks at neither, though they are sent: that is the server almost alone. With several clients the
+overhead includes waiting for the batch before.
 
     make bench NAME=policy_server ARGS="--save"
 """

@@ -94,8 +94,8 @@ def broken(r: random.Random, valid: bytes) -> bytes:
         message["vla_rl"] = {"id": 1, "deadline_ms": 500.0, "session": 2, "decision": 0, "delay": 1}
         place = r.choice([message, message, message["images"], message["vla_rl"]])
         place[r.choice([*place, "prefix", "noise", "id"])] = random_value(r)
-        return msgpack.packb(message, default=unpacked)
-    return msgpack.packb(random_value(r))
+        return msgpack.packb(message, default=unpacked)  # pyright: ignore[reportReturnType]
+    return msgpack.packb(random_value(r))  # pyright: ignore[reportReturnType]
 
 
 def unpacked(array: np.ndarray) -> dict[bytes, Any]:

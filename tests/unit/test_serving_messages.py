@@ -13,7 +13,7 @@ GOLDEN = "84c40b5f5f6e6461727261795f5fc3c40464617461c4080000803f00000040c4056474
 
 
 def array_map(data: object, dtype: object, shape: object) -> bytes:
-    return msgpack.packb({b"__ndarray__": True, b"data": data, b"dtype": dtype, b"shape": shape})
+    return msgpack.packb({b"__ndarray__": True, b"data": data, b"dtype": dtype, b"shape": shape})  # pyright: ignore[reportReturnType]
 
 
 def test_an_array_has_openpis_bytes() -> None:

@@ -180,7 +180,7 @@ class PolicyClient:
             self._ws.send(message)
             data = self._ws.recv(timeout=max(0.0, start + self.timeout_s - time.monotonic()))
             return _map(data, "reply")
-        except (TimeoutError, ConnectionClosed) as error:
+        except (OSError, ConnectionClosed) as error:
             self._abort()
             if isinstance(error, TimeoutError) or time.monotonic() - start >= self.timeout_s:
                 raise PolicyTimeoutError(f"no reply within {self.timeout_s:g} s; the session is closed") from error
