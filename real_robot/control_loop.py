@@ -24,6 +24,7 @@ from vla_rl.real_robot.takeover import Control, Takeover
 from vla_rl.serving.broker import BrokerConfig, ChunkBroker
 
 Actions = NDArray[np.floating]
+_BRAKING_S = 5.0
 
 
 class StartRefusedError(RuntimeError):
@@ -282,6 +283,7 @@ class ControlLoop:
             return False
         images = {name: picture.image for name, picture in pictures.items()}
         observation: dict[str, Any] = {"images": images, "state": self.parts.observe(state)}
+        observation |= self.broker.continuation(now)  # where the motion was going, for real-time chunking
         return self.parts.inference.submit({**observation, "prompt": self.config.prompt}, now)
 
     def _has_enough(self, now: float) -> bool:
@@ -376,8 +378,10 @@ class ControlLoop:
             self.mode = self.parts.arm.fire(Event.HOLD, "finished")
         elif self.mode is Mode.HUMAN:
             self.mode = self.parts.arm.fire(Event.RELEASE, "finished")
-        still = 0
+        still, end = 0, time.monotonic() + _BRAKING_S
         while self.mode is Mode.HOLD and still < 3:
+            if time.monotonic() > end:
+                return self._stop(f"not at rest after {_BRAKING_S} s of braking")
             time.sleep(max(0.0, deadline - time.monotonic()))
             deadline = max(deadline, time.monotonic() - self._period) + self._period
             before = self._standing

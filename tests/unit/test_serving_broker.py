@@ -104,6 +104,11 @@ def test_prefix_and_delay_for_real_time_chunking() -> None:
     b.offer(chunk(0), 0.0, 0, now=0.12)
     np.testing.assert_array_equal(b.prefix(0.5), chunk(5, 3))
     assert b.prefix(0.8) is None
+    assert b.continuation(0.5)["delay"] == 2
+    np.testing.assert_array_equal(b.continuation(0.5)["prefix"], chunk(5, 3))
+    assert b.continuation(0.7)["delay"] == 1  # no more than there is
+    assert b.continuation(0.8) == {}
+    assert broker("async").continuation(0.5) == {}
     for k in range(1, 21):  # nineteen of 0.22 s and one of 0.7 s, which alone would be 7 steps
         b.offer(chunk(0), float(k), k, now=k + (0.22 if k != 7 else 0.7))
     assert b.delay_steps() == 3

@@ -155,6 +155,9 @@ def test_real_time_chunking_over_the_wire(flow_mlp: Path) -> None:
         client.reset()
         got = client.infer({"state": state()}, prefix=planned, delay=2)["actions"]
         np.testing.assert_array_equal(got[:2], planned[:2])
+        client.reset()
+        again = client.infer({"state": state(), "prefix": planned, "delay": 2})["actions"]
+        np.testing.assert_array_equal(again, got)
         assert abs(got[2] - planned[2]).mean() < abs(plain[2] - planned[2]).mean()
 
 

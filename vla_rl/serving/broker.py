@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,6 +127,11 @@ class ChunkBroker:
         chunk = self._chunks[-1]
         left = chunk.actions[max(0, self._index(chunk, observed_at)) :]
         return left.copy() if len(left) else None
+
+    def continuation(self, observed_at: float) -> dict[str, Any]:
+        """What mode "rtc" adds to the observation captured at `observed_at`: "prefix" and "delay"; else nothing."""
+        prefix = self.prefix(observed_at) if self.config.mode == "rtc" else None
+        return {} if prefix is None else {"prefix": prefix, "delay": min(self.delay_steps(), len(prefix))}
 
     def delay_steps(self) -> int:
         """Control steps from an observation to the use of its chunk: the measured p95, rounded up. Not the greatest,

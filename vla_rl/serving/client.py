@@ -114,7 +114,8 @@ class PolicyClient:
         `observation`: {"images": {camera: uint8 [h, w, 3]}, "state": float32 [S], "prompt": str}, or flat keys that
         the server knows. For our server alone: `noise` float32 [H, D] instead of the session's; `prefix` float32
         [P, A], actions that are still to be executed from the time of the observation on, and `delay`, how many of them
-        will be when the reply comes (real-time chunking).
+        will be when the reply comes (real-time chunking); both may stand in the observation, where
+        `ChunkBroker.continuation` puts them.
 
         Raises PolicyTimeoutError after `timeout_s`, and PolicyServerError with the server's code. The session is closed
         then, except for errors that our server gives a request.
@@ -122,6 +123,7 @@ class PolicyClient:
         if self._ws is None:
             raise PolicyServerError("closed", f"the session with {self.url} is closed; call connect()")
         message = dict(observation)
+        prefix, delay = message.pop("prefix", prefix), message.pop("delay", delay)
         if self.has_envelope:
             message[ENVELOPE] = self._envelope(noise, prefix, delay)
         elif noise is not None or prefix is not None:
