@@ -169,7 +169,7 @@ class MotionLimiter:
         """The next target on the way to rest; the last one, once at rest."""
         a = self._plan.at(self._i + 1)
         self._target = self.stop_position
-        self._advance(a, self.position + (self._v + a) * self._unit, self._plan, np.ones(a.shape, dtype=bool))
+        self._advance(a, self._planned_position(a), self._plan, np.ones(a.shape, dtype=bool))
         return self.position.copy()
 
     def step(self, target: Vector) -> Vector:
@@ -202,7 +202,7 @@ class MotionLimiter:
         plan = stop_plan(self._v + a, a, limit)
         exact &= self._inside(target, plan)
         self._followed = exact | on_plan
-        positions = np.where(self._followed, target, self.position + (self._v + planned_a) * self._unit)
+        positions = np.where(self._followed, target, self._planned_position(planned_a))
         if not self._followed.all():
             searched = self._search(target, speed, bottom, top, limit)
             found_plan = stop_plan(self._v + searched, searched, limit)
@@ -212,6 +212,11 @@ class MotionLimiter:
             plan, exact = _where(use, found_plan, plan), exact | use
         planned = ~exact
         return np.where(planned, planned_a, a), positions, plan, planned
+
+    def _planned_position(self, a: Vector) -> Vector:
+        """After the plan's next acceleration; at its end without the rounding of the way, so that rest is rest."""
+        over = self._i + 1 >= self._plan.periods
+        return np.where(over, self.stop_position, self.position + (self._v + a) * self._unit)
 
     def _search(self, target: Vector, speed: Vector, bottom: Vector, top: Vector, limit: Vector) -> Vector:
         """The acceleration that brings the end of the stop plan to where the target's own stop would end, and not past
