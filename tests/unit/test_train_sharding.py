@@ -90,7 +90,9 @@ def train(name, folder, num_iterations=3, **options):
     torch.manual_seed(0)
     expert = ActionExpertConfig(width=16, num_layers=2, num_heads=2)
     policy = TinyVLA(TinyVLAConfig(5, 2, (), action_horizon=4, expert=expert))
-    actor = ActorConfig(minibatch_size=64, num_epochs=2, target_kl=None, recompute_log_probs=True)
+    actor = ActorConfig(
+        minibatch_size=64, num_epochs=2, target_kl=None, recompute_log_probs=True, reference_kl_coef=0.1
+    )
     config = TrainConfig(
         num_envs=8,
         num_iterations=num_iterations,

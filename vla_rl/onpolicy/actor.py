@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -14,8 +13,9 @@ from vla_rl.flow.likelihood import LogProb, chain_kl, k3_divergence
 from vla_rl.flow.sampler import ChunkSampler
 from vla_rl.protocols import HasSupervisedLoss, PolicyInputs, Prefix, require, trainable_parameters
 from vla_rl.rollout.collector import RolloutBatch
-from vla_rl.train.distributed import average_gradients, is_divided, mean_over_learners, num_minibatches
+from vla_rl.train.distributed import average_gradients, mean_over_learners, num_minibatches
 from vla_rl.train.divergence import require_finite
+from vla_rl.train.ema import Ema
 from vla_rl.train.sharding import (
     clip_gradients,
     load_optimizer_state,
@@ -196,14 +196,8 @@ class ActorUpdate:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self._reference: ChunkSampler | None = None
-        if config.reference_kl_coef > 0.0:
-            if any(is_divided(p) for p in sampler.policy.parameters()):
-                raise ValueError(
-                    "reference_kl_coef keeps a second policy, and a divided one cannot be copied; set it to 0"
-                )
-            self._reference = copy.deepcopy(sampler)
-            self._reference.policy.requires_grad_(False)
+        # the parameters of the start: an average that is never updated
+        self._reference = Ema(parameters, 0.0) if config.reference_kl_coef > 0.0 else None
 
     def update(self, data: ActorData, generator: torch.Generator) -> dict[str, float]:
         """Minibatch epochs of the clipped objective. Metrics are means over minibatches unless their name says else."""
@@ -249,30 +243,32 @@ class ActorUpdate:
     def _fixed_scores(self, data: ActorData) -> _FixedScores:
         """What stays as it is through the epochs. The behaviour policy's scores are those of the drawing, or computed
         again in the update's precision."""
-        reference = None if self._reference is None else self._score_all(self._reference, data)
+        reference = None
+        if self._reference is not None:
+            with self._reference.applied():
+                reference = self._score_all(data, distributions=True)
         if not self.config.recompute_log_probs:
             return _FixedScores(data.trace.values, data.trace.log_prob, reference)
-        with whole_layers(self.sampler.policy):  # learners have different numbers of rows here
-            score = self._score_all(self.sampler, data)
+        score = self._score_all(data, distributions=False)
         return _FixedScores(score.values, score.joint, reference)
 
     @torch.no_grad()
-    def _score_all(self, sampler: ChunkSampler, data: ActorData) -> LogProb:
+    def _score_all(self, data: ActorData, *, distributions: bool) -> LogProb:
+        """`distributions`: of tokens, which are large; only the reference's are read again."""
         every = torch.arange(len(data), device=data.advantages.device)
-        parts = [
-            sampler.score(self._prefix(data, rows, sampler), data.trace.select(rows))
-            for rows in every.split(self.config.minibatch_size)
-        ]
-        if sampler is self.sampler:  # the distributions of tokens are large, and only a reference's are read again
-            parts = [replace(part, token_log_probs=None) for part in parts]
+        parts: list[LogProb] = []
+        with whole_layers(self.sampler.policy):  # learners have different numbers of rows here
+            for rows in every.split(self.config.minibatch_size):
+                score = self.sampler.score(self._prefix(data, rows), data.trace.select(rows))
+                parts.append(score if distributions else replace(score, token_log_probs=None))
         return LogProb.concatenate(parts)
 
-    def _prefix(self, data: ActorData, rows: Tensor, sampler: ChunkSampler | None = None) -> Prefix:
+    def _prefix(self, data: ActorData, rows: Tensor) -> Prefix:
         if data.prefix is not None:
             return data.prefix.select(rows)
         if data.inputs is None:
             raise ValueError("an update needs a cached prefix, or inputs to encode")
-        return (sampler or self.sampler).policy.encode(data.inputs.select(rows))
+        return self.sampler.policy.encode(data.inputs.select(rows))
 
     def _loss(
         self, data: ActorData, rows: Tensor, fixed: _FixedScores, generator: torch.Generator
@@ -333,7 +329,7 @@ class ActorUpdate:
             "policy": self.sampler.policy.state_dict(),
             "noise_head": None if self.noise_head is None else self.noise_head.state_dict(),
             "optimizer": optimizer_state(self._optimizer, self._parameters),
-            "reference": None if self._reference is None else self._reference.policy.state_dict(),
+            "reference": None if self._reference is None else self._reference.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -342,4 +338,4 @@ class ActorUpdate:
             self.noise_head.load_state_dict(state["noise_head"])
         load_optimizer_state(self._optimizer, self._parameters, state["optimizer"])
         if self._reference is not None:
-            self._reference.policy.load_state_dict(state["reference"])
+            self._reference.load_state_dict(state["reference"])
