@@ -13,7 +13,7 @@ from vla_rl.real_robot.drivers.ros2_messages import Message
 from vla_rl.real_robot.drivers.vendor import import_vendor
 from vla_rl.real_robot.interfaces import HardwareError
 
-_INSTALL = "rclpy comes with ROS 2 and not from PyPI: source /opt/ros/<distro>/setup.bash before python starts, or use DdsGraph"
+_INSTALL = "rclpy comes with ROS 2, not from PyPI: source /opt/ros/<distro>/setup.bash first, or use DdsGraph"
 
 Publish = Callable[[Message], None]
 Receive = Callable[[Any, float], None]
@@ -72,6 +72,8 @@ class RclpyGraph:
         self._rclpy = rclpy = import_vendor("rclpy", _INSTALL)
         self._executor: Any = None
         self._clients: dict[str, Any] = {}
+        # Messages must come while another callback of the node (configuring, an action) waits for them.
+        self._group = importlib.import_module("rclpy.callback_groups").ReentrantCallbackGroup()
         self._context: Any = None
         if node is None:
             self._context = rclpy.Context()
@@ -92,7 +94,8 @@ class RclpyGraph:
         def callback(message: Any) -> None:
             receive(message, time.monotonic())
 
-        self.node.create_subscription(ros_type(type_name), topic, callback, rclpy_qos(qos))
+        kind = ros_type(type_name)
+        self.node.create_subscription(kind, topic, callback, rclpy_qos(qos), callback_group=self._group)
 
     def send_goal(self, action: str, goal: Message) -> None:
         kind = ros_type(goal.type_name)

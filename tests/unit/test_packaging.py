@@ -21,6 +21,7 @@ SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 PACKAGE_DIR: dict[str, str] = SETUPTOOLS["package-dir"]
 ROOT_FOLDERS = sorted(folder for folder in PACKAGE_DIR.values() if folder != "vla_rl")
 GENERATED = {"__pycache__"}
+COLCON = (ROOT / "real_robot/ros2", ROOT / "real_robot/ros2_interfaces")  # packages of ROS 2, which colcon builds
 
 
 def load_tool(name: str) -> ModuleType:
@@ -38,7 +39,7 @@ def source_files() -> dict[str, Path]:
     files = {}
     for package, folder in PACKAGE_DIR.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and not GENERATED & set(path.parts):
+            if path.is_file() and not GENERATED & set(path.parts) and not set(COLCON) & set(path.parents):
                 files[f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}"] = path
     return files
 

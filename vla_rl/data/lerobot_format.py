@@ -27,11 +27,13 @@ from vla_rl.core import CameraSpec, EnvSpec
 VERSION = "v3.0"
 CHUNK_SIZE = 1000
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
+PROPOSAL, SOURCE = "action.proposal", "source"  # ours, of labelled datasets
 REWARD, DONE, TRUNCATED, SUCCESS = "next.reward", "next.done", "next.truncated", "next.success"
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 EXTRA = "extra/"  # prefix of our own columns in the episode table
+VECTORS = (STATE, ACTION, PROPOSAL)
 SCALAR_COLUMNS = {
     REWARD: "float32",
     DONE: "bool",
@@ -55,7 +57,8 @@ class DatasetSpec:
     """What every episode of a dataset has.
 
     `fps`: frames (control steps) a second. `image_format`: "png" keeps pictures exactly, inside the parquet files;
-    "mp4" keeps them as H.264 video, lossy and many times smaller for large pictures.
+    "mp4" keeps them as H.264 video, lossy and many times smaller for large pictures. `labelled`: each frame says whose
+    its action is (`vla_rl.core.Source`), and what the policy proposed, with a person at the arm.
     """
 
     fps: float
@@ -64,6 +67,7 @@ class DatasetSpec:
     cameras: Mapping[str, CameraSpec]
     robot_type: str
     image_format: ImageFormat = "png"
+    labelled: bool = False
 
     def __post_init__(self) -> None:
         if not self.fps > 0:
@@ -115,6 +119,9 @@ class DatasetSpec:
                 }
         for name, dtype in SCALAR_COLUMNS.items():
             out[name] = {"dtype": dtype, "shape": [1], "names": None}
+        if self.labelled:
+            out[PROPOSAL] = dict(out[ACTION])
+            out[SOURCE] = {"dtype": "int64", "shape": [1], "names": None}
         return out
 
     def info(self, num_episodes: int, num_frames: int, num_tasks: int, data_file_mb: float) -> dict[str, Any]:
@@ -148,7 +155,7 @@ class DatasetSpec:
                 hf_features[name] = {"_type": "Image"}
                 continue
             value = {"dtype": dtype, "_type": "Value"}
-            if name in (STATE, ACTION):
+            if name in VECTORS:
                 fields.append(pa.field(name, pa.list_(pa.float32(), shape[0])))
                 hf_features[name] = {"feature": value, "length": shape[0], "_type": "Sequence"}
             else:

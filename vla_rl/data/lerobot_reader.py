@@ -49,7 +49,8 @@ class EpisodeInfo:
 class Episode:
     """One episode of T frames. `state` float32 [T, S], `action` float32 [T, A], `images[camera]` uint8 [T, h, w, 3].
 
-    `reward` float32 [T], `success` and `truncated` bool [T]: None where the dataset has no such column.
+    `reward` float32 [T], `success` and `truncated` bool [T], and of a labelled dataset `proposal` float32 [T, A] and
+    `source` int64 [T] (`vla_rl.core.Source`): None where the dataset has no such column.
     """
 
     index: int
@@ -61,6 +62,8 @@ class Episode:
     success: Tensor | None
     truncated: Tensor | None
     extra: Mapping[str, Any]
+    proposal: Tensor | None = None
+    source: Tensor | None = None
 
     def __len__(self) -> int:
         return self.action.shape[0]
@@ -129,7 +132,7 @@ class LeRobotDataset:
         """Episode `index` with the pictures of `cameras` (None: all; (): none). Raises IndexError, DatasetError."""
         where = self._where(index)
         names = tuple(self.cameras if cameras is None else cameras)
-        optional = [k for k in (fmt.REWARD, fmt.SUCCESS, fmt.TRUNCATED) if k in self.features]
+        optional = [k for k in (fmt.REWARD, fmt.SUCCESS, fmt.TRUNCATED, fmt.PROPOSAL, fmt.SOURCE) if k in self.features]
         for name in (fmt.STATE, fmt.ACTION):
             self._feature(name)
         table = self._rows(where, [fmt.STATE, fmt.ACTION, "episode_index", *optional])
@@ -150,6 +153,8 @@ class LeRobotDataset:
             success=flat(fmt.SUCCESS, np.bool_),
             truncated=flat(fmt.TRUNCATED, np.bool_),
             extra=where.extra,
+            proposal=column(fmt.PROPOSAL, np.float32) if fmt.PROPOSAL in optional else None,
+            source=flat(fmt.SOURCE, np.int64),
         )
 
     def images(self, index: int, camera: str, rows: Tensor | None = None) -> Tensor:

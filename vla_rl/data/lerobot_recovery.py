@@ -54,7 +54,7 @@ def recover(path: Path, spec: DatasetSpec) -> Recovered:
         table = read_rows(file, open_parquet(file), None, columns)
         for name in columns:
             values = fmt.matrix(table, name)
-            out.numbers.setdefault(name, []).append(values if name in (fmt.STATE, fmt.ACTION) else values[:, 0])
+            out.numbers.setdefault(name, []).append(values if name in fmt.VECTORS else values[:, 0])
     return out
 
 

@@ -135,17 +135,21 @@ class LeRobotWriter:
         success: Tensor,
         instruction: str,
         truncated: bool = False,
+        proposal: Tensor | None = None,
+        source: Tensor | None = None,
         extra: Mapping[str, ExtraValue] | None = None,
     ) -> int:
         """Add one whole episode of T frames; returns its index.
 
         `state` [T, S] and `images[camera]` uint8 [T, h, w, 3] are what was seen before `action` [T, A];
         `reward` [T] and `success` bool [T] are what came of it. The last frame is done; `truncated` says that it ended
-        by time and not by its task. `extra`: values of the episode (a seed), kept in the episode table; every episode
-        of a dataset has the same keys. Raises ValueError for wrong shapes, missing cameras or numbers that are not
+        by time and not by its task. `proposal` [T, A] and `source` int64 [T] (`vla_rl.core.Source`) are those of a
+        labelled dataset: what the policy wanted, and whose action it is. `extra`: values of the episode (a seed), kept
+        in the episode table; every episode of a dataset has the same keys. Raises ValueError for wrong shapes, missing cameras or numbers that are not
         finite, before anything is kept, and DatasetWriteError where the disk is full.
         """
         self._check(state, action, images, reward, success, instruction)
+        labels = self._labels(state.shape[0], proposal, source)
         extra = dict(extra or {})
         self._check_extra(extra)
         t = state.shape[0]
@@ -165,6 +169,7 @@ class LeRobotWriter:
             "episode_index": np.full(t, index),
             "index": np.arange(start, start + t),
             "task_index": np.full(t, task_index),
+            **labels,
         }
         row = {
             "episode_index": index,
@@ -332,6 +337,24 @@ class LeRobotWriter:
         if not instruction:
             raise ValueError("add_episode: the instruction is empty; a policy needs a sentence")
 
+    def _labels(self, t: int, proposal: Tensor | None, source: Tensor | None) -> dict[str, np.ndarray]:
+        if not self.spec.labelled:
+            if proposal is not None or source is not None:
+                raise ValueError("add_episode: proposal and source need a dataset with DatasetSpec(labelled=True)")
+            return {}
+        if proposal is None or source is None:
+            raise ValueError("add_episode: this dataset is labelled; give proposal [T, A] and source [T]")
+        shape = (t, len(self.spec.action_names))
+        if tuple(proposal.shape) != shape or not bool(torch.isfinite(proposal).all()) or source.shape != (t,):
+            raise ValueError(
+                f"add_episode: expected a finite proposal {list(shape)} and source [{t}], got "
+                f"{list(proposal.shape)} and {list(source.shape)}"
+            )
+        return {
+            fmt.PROPOSAL: proposal.detach().cpu().numpy().astype(np.float32),
+            fmt.SOURCE: source.cpu().numpy().astype(np.int64),
+        }
+
     def _check_extra(self, extra: Mapping[str, ExtraValue]) -> None:
         types = {key: type(value) for key, value in extra.items()}
         if self._extra_types is None:
@@ -366,7 +389,7 @@ def _frame_table(schema: pa.Schema, numbers: Mapping[str, np.ndarray], pictures:
         if field.name in pictures:
             files = pa.array(encode_png(pictures[field.name]), pa.binary())
             columns.append(pa.StructArray.from_arrays([files, pa.nulls(len(files), pa.string())], ["bytes", "path"]))
-        elif field.name in (fmt.STATE, fmt.ACTION):
+        elif field.name in fmt.VECTORS:
             flat = pa.array(numbers[field.name].reshape(-1), pa.float32())
             columns.append(pa.FixedSizeListArray.from_arrays(flat, numbers[field.name].shape[1]))
         else:

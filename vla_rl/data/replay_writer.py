@@ -173,7 +173,8 @@ class EpisodeWriter:
 
 
 def add_lerobot(buffer: ReplayBuffer, dataset: LeRobotDataset, *, episodes: Sequence[int] | None = None) -> int:
-    """Store `episodes` (None: all) of a dataset as demonstrations; returns how many steps.
+    """Store `episodes` (None: all) of a dataset as demonstrations, or with the sources and proposals of a labelled one;
+    returns how many steps.
 
     An episode that was not truncated is terminated, and its last frame stands for the final observation, which nobody
     reads. A truncated one has no frame after its last action: it loses that step, and its last frame is the final
@@ -197,7 +198,8 @@ def add_lerobot(buffer: ReplayBuffer, dataset: LeRobotDataset, *, episodes: Sequ
             success=episode.success is not None and bool(episode.success[:keep].any()),
             images={camera: _array(pictures)[frames] for camera, pictures in episode.images.items()},
             instruction=episode.instruction,
-            source=Source.DEMO,
+            source=Source.DEMO if episode.source is None else _array(episode.source)[:keep].astype(np.int8),
+            proposals=None if episode.proposal is None else _array(episode.proposal)[:keep],
         )
     return len(buffer) - before
 
