@@ -52,7 +52,7 @@ def train(name, folder):
     policy, shard = make_policy(name, env.spec), num_learners() > 1
     run_sft(policy, Demonstrations(env.spec), SFT, folder / "sft", spec=env.spec, tensorboard=False, shard=shard)
     config = train_config(name, num_envs=4)
-    actor = ActorConfig(learning_rate=1e-4, num_epochs=2, minibatch_size=100, target_kl=None)
+    actor = ActorConfig(learning_rate=1e-4, num_epochs=2, minibatch_size=100, target_kl=None, reference_kl_coef=0.02)
     config = replace(config, algorithm=replace(config.algorithm, actor=actor))
     run_training(policy, make_env, config, folder / "rl", tensorboard=False, shard=shard)
     return {
