@@ -145,8 +145,8 @@ class LeRobotWriter:
         `reward` [T] and `success` bool [T] are what came of it. The last frame is done; `truncated` says that it ended
         by time and not by its task. `proposal` [T, A] and `source` int64 [T] (`vla_rl.core.Source`) are those of a
         labelled dataset: what the policy wanted, and whose action it is. `extra`: values of the episode (a seed), kept
-        in the episode table; every episode of a dataset has the same keys. Raises ValueError for wrong shapes, missing cameras or numbers that are not
-        finite, before anything is kept, and DatasetWriteError where the disk is full.
+        in the episode table; every episode of a dataset has the same keys. Raises ValueError for wrong shapes, missing
+        cameras or numbers that are not finite, before anything is kept, and DatasetWriteError where the disk is full.
         """
         self._check(state, action, images, reward, success, instruction)
         labels = self._labels(state.shape[0], proposal, source)
