@@ -34,7 +34,10 @@ from tests.unit.serving_policies import (
 )
 from vla_rl.core import ActionChunk, Observation
 from vla_rl.evaluation.evaluate import policy_noise
+from vla_rl.policies.agent import AgentPolicyConfig
 from vla_rl.policies.checkpoints.load_any import load_any
+from vla_rl.policies.checkpoints.native import policy_class_of, save_policy
+from vla_rl.policies.gaussian import GaussianMLPConfig
 from vla_rl.serving.client import PolicyClient, PolicyServerError, PolicyTimeoutError
 from vla_rl.serving.config import ServerConfig
 from vla_rl.serving.messages import pack, unpack
@@ -159,6 +162,26 @@ def test_real_time_chunking_over_the_wire(flow_mlp: Path) -> None:
         again = client.infer({"state": state(), "prefix": planned, "delay": 2})["actions"]
         np.testing.assert_array_equal(again, got)
         assert abs(got[2] - planned[2]).mean() < abs(plain[2] - planned[2]).mean()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GaussianMLPConfig(state_dim=STATE_DIM, action_dim=ACTION_DIM, action_horizon=HORIZON),
+        AgentPolicyConfig(state_dim=STATE_DIM, action_dim=ACTION_DIM, action_horizon=HORIZON),
+    ],
+)
+def test_other_policies(tmp_path: Path, config: Any) -> None:
+    """A Gaussian, an agent in JAX: served as they act, and without real-time chunking."""
+    torch.manual_seed(0)
+    save_policy(policy_class_of(config)(config), tmp_path)
+    with serving(tmp_path) as (_, url), PolicyClient(url, timeout_s=60, session=0) as client:
+        obs = Observation({}, torch.tensor(state())[None], ("",))
+        expected = load_any(tmp_path).act(obs, policy_noise(0, 0, 0, HORIZON, ACTION_DIM)[None]).actions[0]
+        np.testing.assert_allclose(client.infer({"state": state()})["actions"], expected, atol=1e-6)
+        assert client.metadata["vla_rl"]["rtc"] is False
+        with pytest.raises(PolicyServerError, match="no flow policy"):
+            client.infer({"state": state()}, prefix=np.zeros((2, ACTION_DIM), np.float32))
 
 
 # ------------------------------------------------------------------------------------------------------------ batches

@@ -128,6 +128,8 @@ def _answer(policy: ServedPolicy, batch: list[_Waiting]) -> list[Answer | Reques
     start = time.perf_counter()
     try:
         actions = policy.act([w.request for w in batch], np.stack([w.noise for w in batch]))
+        if len(actions) != len(batch):
+            raise RuntimeError(f"{policy.name} returned {len(actions)} chunks for {len(batch)} requests")
     except Exception as error:
         if len(batch) > 1:
             return [result for w in batch for result in _answer(policy, [w])]
