@@ -227,6 +227,7 @@ def _main(make_arm: Callable[[], Arm], path: str, config: SupervisorConfig, read
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(path)
             os.chmod(path, 0o600)
+            listener.listen(1)  # before it is said to be there
             supervisor = Supervisor(guard, listener, config)
             ready.send_bytes(b"")
             supervisor.run()
