@@ -73,13 +73,16 @@ class SuccessClassifier(nn.Module):
     """Callable as the `success` of `vla_rl.envs.robot.RobotParts`: an observation [1] to a bool."""
 
     threshold: Tensor
+    feature_mean: Tensor
+    feature_std: Tensor
 
     def __init__(self, config: SuccessClassifierConfig) -> None:
         super().__init__()
         self.config = config
         w = config.width
         self.towers = nn.ModuleDict({camera: _tower(w) for camera in config.cameras})
-        self.feature_norm = nn.LayerNorm(config.feature_dim) if config.feature_dim else None
+        self.register_buffer("feature_mean", torch.zeros(config.feature_dim))
+        self.register_buffer("feature_std", torch.ones(config.feature_dim))
         self.head = nn.Sequential(nn.Linear(16 * 2 * w * len(config.cameras) + config.feature_dim, 64), nn.SiLU(), nn.Linear(64, 1))  # fmt: skip # noqa: E501
         self.register_buffer("threshold", torch.tensor(0.0))
 
@@ -91,10 +94,10 @@ class SuccessClassifier(nn.Module):
             if camera not in images:
                 raise ValueError(f"the classifier looks at {list(self.config.cameras)}, got {sorted(images)}")
             parts.append(tower(_pixels(images[camera], self.config.image_size)))
-        if self.feature_norm is not None:
+        if self.config.feature_dim:
             if features is None or features.shape[1] != self.config.feature_dim:
                 raise ValueError(f"the classifier needs features [N, {self.config.feature_dim}]")
-            parts.append(self.feature_norm(features))
+            parts.append((features - self.feature_mean) / self.feature_std)
         return self.head(torch.cat(parts, dim=1))[:, 0]
 
     @torch.no_grad()
@@ -116,6 +119,9 @@ def train_success_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         model = SuccessClassifier(config)
+    if frames.features is not None and config.feature_dim:
+        model.feature_mean.copy_(frames.features[train].mean(0))
+        model.feature_std.copy_(frames.features[train].std(0).clamp(min=1e-6))
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     by_label = [train[frames.success[train] == label] for label in (False, True)]
     half = config.batch_size // 2
