@@ -110,6 +110,18 @@ class ServedActions:
             timeout_s=config.timeout_s,
         )
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the server said of itself when it was connected to."""
+        return self._client.metadata
+
+    def begin(self, session: int) -> None:
+        """An episode begins, with the noise of `session`; not while a request is on its way."""
+        self._client.reset(session)
+
+    def close(self) -> None:
+        self._client.close()
+
     def __call__(self, observation: Mapping[str, Any]) -> NDArray[np.floating]:
         if not self._client.connected:
             time.sleep(self.config.retry_s)

@@ -283,6 +283,7 @@ class Twin:
             steps=self._steps,
             max_steps=self.env.max_episode_steps,
             late_ticks=self._late,
+            split=self.config.split,
         )
         self._publish("/episode/state", self._node.message("std_msgs/msg/String", {"data": state.to_json()}))
 

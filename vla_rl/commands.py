@@ -18,6 +18,7 @@ from vla_rl.doctor import run_doctor
 from vla_rl.evaluation.compare import compare
 from vla_rl.evaluation.result import EvalResult
 from vla_rl.policies.checkpoints.openvla import OpenVLAOptions
+from vla_rl.real_robot.deploy_config import DeployConfig, TabletopScene
 from vla_rl.serving.config import RemoteConfig, ServerConfig, read_api_key, require_serving
 from vla_rl.train.check import check_recipe
 from vla_rl.train.distributed import join_learners, learner, leave_learners, wait_for_all
@@ -275,13 +276,51 @@ def serve_command(argv: list[str]) -> int:
     return 0
 
 
-def _take(argv: list[str], option: str) -> tuple[str | None, list[str]]:
+# -------------------------------------------------------------------------------------------------------------- robot
+def twin_command(argv: list[str]) -> int:
+    """The digital twin of the tabletop's arm, until Ctrl-C. Its episodes are held-out ones, as those of `eval`."""
+    from vla_rl.real_robot.twin import TwinConfig, run_twin
+
+    run_twin(_parse(TwinConfig(split="test"), argv, "twin"))
+    return 0
+
+
+@dataclass(frozen=True)
+class DeployOptions:
+    """out: where episodes, rates, latencies and videos go."""
+
+    config: Annotated[DeployConfig, tyro.conf.arg(name="")]
+    out: Path = _UNSET
+
+
+def deploy_command(argv: list[str]) -> int:
+    """A tabletop policy on the arm; its recipe is found as that of `eval`."""
+    require_serving()
+    from vla_rl.real_robot.deploy import deploy, format_deployment
+
+    folder, rest = _take(argv, "--policy", "deploy")
+    name, rest = _take(rest, "--recipe", "deploy")
+    if name is not None:
+        recipe = get_recipe(name)
+    elif folder is not None:
+        recipe = _recipe_of(Path(folder), "deploy")
+    else:
+        raise UsageError("deploy: name a policy's folder with --policy, or --server and --recipe")
+    o = _parse(DeployOptions(DeployConfig()), rest, "deploy")
+    torch.set_num_threads(1)  # of the control loop, which shares the machine with the policy
+    scene = TabletopScene.of(recipe, folder or o.config.server)
+    result = deploy(scene, None if folder is None else Path(folder), o.out, o.config)
+    print(f"{result.format_table()}\n{format_deployment(o.out)}")
+    return 0
+
+
+def _take(argv: list[str], option: str, command: str = "eval") -> tuple[str | None, list[str]]:
     """The value after `option`, which decides the defaults of all others, and the rest."""
     if option not in argv:
         return None, argv
     at = argv.index(option)
     if at + 1 == len(argv) or argv[at + 1].startswith("-"):
-        raise UsageError(f"eval: {option} needs a value")
+        raise UsageError(f"{command}: {option} needs a value")
     return argv[at + 1], argv[:at] + argv[at + 2 :]
 
 
@@ -405,13 +444,13 @@ def _parse_with_recipe(options: Any, argv: list[str], command: str) -> Any:
     return parsed
 
 
-def _recipe_of(policy: Path) -> Recipe:
+def _recipe_of(policy: Path, command: str = "eval") -> Recipe:
     """The recipe of the run that a policy folder lies in."""
     for folder in policy.resolve().parents:
         file = folder / CONFIG_FILE
         if file.is_file() and (folder / "provenance.json").is_file():
             return read_config(folder, Recipe)
-    raise UsageError(f"eval: {policy} lies in no run folder; name the recipe with --recipe ({', '.join(RECIPES)})")
+    raise UsageError(f"{command}: {policy} lies in no run folder; name the recipe with --recipe ({', '.join(RECIPES)})")
 
 
 def _set_threads(recipe: Recipe) -> None:

@@ -19,7 +19,8 @@ from vla_rl.real_robot.twin_faults import Faults
 class EpisodeState:
     """`episode` counts resets. `success`: the task's predicate, now; `success_once`: it held since the reset.
     `failure`: the tabletop would have ended the episode without success. `steps`: control steps since the reset.
-    `late_ticks`: how often the twin fell behind its clock."""
+    `late_ticks`: how often the twin fell behind its clock. `split`: of the tabletop, in which
+    the seeds are."""
 
     episode: int
     seed: int
@@ -31,6 +32,7 @@ class EpisodeState:
     steps: int
     max_steps: int
     late_ticks: int
+    split: str = ""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -1,0 +1,326 @@
+"""A policy on the arm: `vla-rl deploy --robot twin --policy RUN`. Several processes of one machine:
+
+    the twin             physics and cameras behind topics; started here where none answers
+    the policy server    `vla-rl serve`; started here unless one is named
+    the supervisor       owns the arm: safety filter, e-stop; the arm holds when anything else dies
+    this one             control loop, episodes, report
+
+Episodes are those of `vla-rl eval`: the same seeds of the same split, the same limit of steps, the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vla_rl.evaluation.result import Episode, EvalResult
+from vla_rl.evaluation.video import write_video
+from vla_rl.real_robot.control_loop import ControlLoop, LoopConfig, LoopParts, Tick
+from vla_rl.real_robot.deploy_config import DeployConfig, TabletopScene
+from vla_rl.real_robot.deploy_processes import check_server, start_server, start_twin
+from vla_rl.real_robot.drivers.dds_arm import DDSArm, DDSArmConfig, DDSCamera, DDSCameraConfig, twin_arm_spec
+from vla_rl.real_robot.drivers.twin_episodes import EpisodeState
+from vla_rl.real_robot.inference import Inference, ServedActions, ServerConfig
+from vla_rl.real_robot.interfaces import Arm, HardwareError
+from vla_rl.real_robot.modes import Mode
+from vla_rl.real_robot.safety import SafetyConfig
+from vla_rl.real_robot.supervisor import SupervisorClient, SupervisorConfig
+from vla_rl.real_robot.tabletop_arm import TabletopArm, tabletop_chain
+from vla_rl.serving.broker import BrokerConfig
+
+RESULT_FILE = "deploy.json"
+
+
+class DeployStoppedError(RuntimeError):
+    """The arm was stopped, or could not be started; it holds. What ran before is in the results."""
+
+
+@dataclass
+class EpisodeRun:
+    """Ticks of one episode as the control loop ran it. `steps`: executed actions of the policy."""
+
+    seed: int
+    max_steps: int
+    film: bool
+    steps: int = 0
+    state: EpisodeState | None = None
+    clamps: Counter[str] = field(default_factory=Counter)
+    frames: list[NDArray[np.uint8]] = field(default_factory=list)
+    failed_at: float | None = None
+
+    @property
+    def over(self) -> bool:
+        s = self.state
+        return self.steps >= self.max_steps or (s is not None and (s.success_once or s.failure))
+
+    def add(self, tick: Tick, state: EpisodeState) -> None:
+        self.state = state
+        if self.film and tick.pictures:
+            self.frames.append(next(iter(tick.pictures.values())).image.copy())
+        if tick.reply is not None and tick.reply.actions is None and self.failed_at is None:
+            self.failed_at = tick.at
+        if not self.over:
+            self.steps += tick.wanted is not None
+            self.clamps.update(tick.clamps)
+
+
+@dataclass
+class _Totals:
+    """Of all episodes."""
+
+    late_s: list[float] = field(default_factory=list)
+    latency_s: list[float] = field(default_factory=list)
+    clamps: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+    broker: Counter[str] = field(default_factory=Counter)
+
+
+class Deployment:
+    """A context manager: entering starts what is missing and connects everything, leaving stops the arm and ends what
+    was started. `run` the episodes in between.
+
+    Raises HardwareError where the twin or the arm does not answer or is another one, RuntimeError where the server does
+    not start or its policy is for another robot.
+    """
+
+    def __init__(self, scene: TabletopScene, policy: Path | None, out: Path, config: DeployConfig) -> None:
+        self.scene, self.policy, self.out, self.config = scene, policy, out, config
+        self.episodes: list[Episode] = []
+        self.rows: list[dict[str, Any]] = []
+        self.stopped = ""
+        self._totals = _Totals()
+        self._stack = ExitStack()
+        self._server: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Deployment:
+        try:
+            self._connect()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()
+
+    def _connect(self) -> None:
+        scene, config, stack = self.scene, self.config, self._stack
+        self.out.mkdir(parents=True, exist_ok=True)
+        url = config.server
+        if not url:
+            if self.policy is None:
+                raise ValueError("name a policy's folder, or the address of a server that has one")
+            self._server, url = start_server(self.policy, self.out / "server.log", stack)
+        self._twin = start_twin(scene, self.out / "twin.log", stack)
+        self._cameras = [DDSCamera(DDSCameraConfig(name, f"/camera/{name}/image_raw")) for name in scene.cameras]
+        for camera in self._cameras:
+            camera.connect()
+            stack.callback(camera.close)
+            height, width = camera.latest().image.shape[:2]
+            if (height, width) != (scene.image_size, scene.image_size):
+                raise HardwareError(
+                    f"camera {camera.name} has {width}x{height} pixels, the policy wants {scene.image_size}; "
+                    f"start the twin with --image-size {scene.image_size}"
+                )
+        safety = SafetyConfig(
+            chain=tabletop_chain(),
+            workspace_low=(0.25, -0.35, 0.0),
+            workspace_high=(0.75, 0.35, 0.5),
+            speed_scale=config.speed_scale,
+        )
+        make_arm = partial(_twin_arm, config.periods_ahead)
+        supervisor = SupervisorConfig(safety, timeout_s=config.silence_s, linger_s=0.0)
+        self._guarded = stack.enter_context(SupervisorClient.start(make_arm, supervisor))
+        self._arm = TabletopArm(self._guarded, scene.control)
+        self._served = ServedActions(ServerConfig(url, timeout_s=config.reply_s))
+        stack.callback(self._served.close)
+        check_server(self._served.metadata, self._arm.action, config.mode)
+        self._inference = Inference(self._served)
+        stack.callback(self._inference.close)
+
+    # ------------------------------------------------------------------------------------------------------- episodes
+    def run(self) -> EvalResult:
+        """All episodes, and their files. Raises DeployStoppedError where the arm was stopped; what ran is saved."""
+        start, load = time.monotonic(), os.getloadavg()[0]
+        seeds = range(self.scene.first_seed, self.scene.first_seed + self.config.episodes)
+        try:
+            for seed in seeds:
+                self._episode(seed)
+                if self.stopped:
+                    break
+        finally:
+            result = self._save(time.monotonic() - start, load)
+        if self.stopped:
+            raise DeployStoppedError(self._why_stopped(seeds[len(self.rows) - 1]))
+        assert result is not None
+        return result
+
+    def _episode(self, seed: int) -> None:
+        state = self._twin.reset(seed)
+        while self._inference.busy:  # with the episode before; its reply is not used
+            time.sleep(0.005)
+        self._inference.poll()
+        self._served.begin(seed)
+        run = EpisodeRun(
+            seed, self.scene.max_episode_steps or state.max_steps, film=len(self.rows) < self.config.num_videos
+        )
+        parts = LoopParts(
+            arm=self._arm,
+            cameras=self._cameras,
+            inference=self._inference,
+            to_command=self._arm.target,
+            observe=self._arm.observe,
+            on_tick=lambda tick: self._on_tick(tick, run, loop),
+        )
+        loop = ControlLoop(parts, self._loop_config(state.instruction))
+        self._arm.read()
+        self._arm.begin()
+        loop.start(shadow=self.config.shadow)
+        self._arm.begin()  # the first action is executed in the first tick, not in start's check
+        loop.run(duration_s=3 * run.max_steps / self._arm.spec.rate_hz + self.config.grace_s + 1.0)
+        self._finish(run, loop, state.instruction)
+
+    def _loop_config(self, instruction: str) -> LoopConfig:
+        rate, config = self._arm.spec.rate_hz, self.config
+        return LoopConfig(
+            prompt=instruction,
+            broker=BrokerConfig(rate, config.mode, self.scene.execution_horizon),
+            max_picture_age_s=config.max_picture_age_s,
+            grace_s=config.grace_s,
+            ramp_s=0.0,  # an action moves the setpoint by 2 cm at most: there is no way to come in from
+        )
+
+    def _on_tick(self, tick: Tick, run: EpisodeRun, loop: ControlLoop) -> None:
+        run.add(tick, self._twin.state())
+        if run.failed_at == tick.at:
+            loop.broker.flush(tick.at)  # what is left of the plan is not worth moving for: hold
+        if run.over:
+            loop.finish()
+
+    def _finish(self, run: EpisodeRun, loop: ControlLoop, instruction: str) -> None:
+        state, report, totals = run.state, loop.report, self._totals
+        assert state is not None
+        if loop.mode is Mode.ESTOP:
+            self.stopped = report.stop_reason
+        summary = report.summary()
+        totals.late_s += report.late_s
+        totals.latency_s += report.latency_s
+        totals.clamps.update(run.clamps)
+        totals.broker.update(asdict(loop.broker.counts))
+        totals.counts.update({name: int(summary[name]) for name in ("ticks", "missed", "held", "clamped", "failures")})
+        row = {"seed": run.seed, "steps": run.steps, "success": state.success_once, "twin_late": state.late_ticks}
+        self.rows.append({**row, "clamps": dict(run.clamps), **summary})
+        if run.frames:
+            frames = torch.from_numpy(np.stack(run.frames))
+            write_video(self.out / "videos" / f"episode_{run.seed}.mp4", frames, 0.5 * self._arm.spec.rate_hz)
+        if not self.stopped:  # an episode that was cut off says nothing of the policy
+            self.episodes.append(_as_episode(state, run, instruction))
+        print(_line(self.rows[-1]), flush=True)
+
+    # --------------------------------------------------------------------------------------------------------- results
+    def _save(self, wall_s: float, load: float) -> EvalResult | None:
+        totals = self._totals
+        result = None
+        if self.episodes:
+            config = {"policy": self.scene.label, **self.scene.protocol, "robot": self.config.robot}
+            config |= {"chunks": self.config.mode, "execution_horizon": self.scene.execution_horizon}
+            result = EvalResult(tuple(self.episodes), config, wall_s)
+            result.save(self.out)
+        values = {
+            "config": asdict(self.config),
+            "policy": self.scene.label,
+            "server": self._served.metadata.get("vla_rl", {}),
+            "stopped": self.stopped,
+            "success_once": result.success_once.as_dict() if result else None,
+            "latency_ms": percentiles_ms(totals.latency_s),
+            "period_error_ms": percentiles_ms(totals.late_s),
+            **totals.counts,
+            "clamps": dict(totals.clamps),
+            "broker": dict(totals.broker),
+            "load": [round(load, 2), round(os.getloadavg()[0], 2)],
+            "episodes": self.rows,
+        }
+        (self.out / RESULT_FILE).write_text(json.dumps(values, indent=2) + "\n")
+        return result
+
+    def _why_stopped(self, seed: int) -> str:
+        code = None if self._server is None else self._server.poll()
+        why = "" if code is None else f"; the policy server has ended with {code}, see {self.out / 'server.log'}"
+        return f"the arm was stopped in the episode of seed {seed} and holds: {self.stopped}{why}"
+
+
+def deploy(scene: TabletopScene, policy: Path | None, out: Path, config: DeployConfig) -> EvalResult:
+    """Run the episodes and write `eval.json`, `episodes.jsonl`, `deploy.json` and videos into `out`. Raises as
+    `Deployment`."""
+    with Deployment(scene, policy, out, config) as deployment:
+        return deployment.run()
+
+
+def format_deployment(out: Path) -> str:
+    """The text table of what `deploy` measured."""
+    v = json.loads((out / RESULT_FILE).read_text())
+    ticks = max(1, v.get("ticks", 0))
+    lines = []
+    for name, label in (("latency_ms", "policy latency"), ("period_error_ms", "period error")):
+        lines.append(
+            f"{label:16} p50 {v[name]['p50']:.1f} ms, p99 {v[name]['p99']:.1f} ms, max {v[name]['max']:.1f} ms"
+        )
+    lines.append(
+        f"{'ticks':16} {ticks}, held {v.get('held', 0)}, clamped {v.get('clamped', 0)}, missed {v.get('missed', 0)}"
+    )
+    lines.append(f"{'clamps':16} " + (", ".join(f"{n} {c}" for n, c in sorted(v["clamps"].items())) or "none"))
+    lines.append(f"{'chunks':16} " + ", ".join(f"{n} {c}" for n, c in v["broker"].items()))
+    lines.append(f"{'machine load':16} {v['load'][0]} to {v['load'][1]} on {os.cpu_count()} cores")
+    return "\n".join(lines)
+
+
+def percentiles_ms(seconds: Sequence[float]) -> dict[str, float]:
+    """p50, p99 and max, in ms; zeros for nothing."""
+    if not seconds:
+        return {"p50": 0.0, "p99": 0.0, "max": 0.0}
+    p50, p99, most = 1000 * np.percentile(seconds, [50, 99, 100])
+    return {"p50": round(float(p50), 3), "p99": round(float(p99), 3), "max": round(float(most), 3)}
+
+
+def _as_episode(state: EpisodeState, run: EpisodeRun, instruction: str) -> Episode:
+    return Episode(
+        task=f"tabletop/{state.task}",
+        seed=run.seed,
+        instruction=instruction,
+        success_once=state.success_once,
+        success_at_end=state.success,
+        length=run.steps,
+        episode_return=float(state.success_once),
+        terminated=state.success_once or state.failure,
+    )
+
+
+def _line(row: dict[str, Any]) -> str:
+    outcome = "success" if row["success"] else "no success"
+    clamps = " ".join(f"{name}:{count}" for name, count in sorted(row["clamps"].items()))
+    return (
+        f"seed {row['seed']:4}  {outcome:10}  {row['steps']:3} steps  held {row['held']:2}  "
+        f"latency p99 {row['latency_p99_ms']:6.1f} ms  period p99 {row['late_p99_ms']:6.1f} ms  {clamps}"
+    )
+
+
+def _twin_arm(periods_ahead: float) -> Arm:
+    return DDSArm(twin_arm_spec(), DDSArmConfig(periods_ahead=periods_ahead))
+
+
+__all__ = [
+    "DeployStoppedError", "Deployment", "deploy", "format_deployment",
+]  # fmt: skip

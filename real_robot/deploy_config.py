@@ -1,0 +1,86 @@
+"""Options of a deployment, and the episodes that a recipe's policy knows. Needs no hardware's packages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vla_rl.envs.config import EnvConfig
+from vla_rl.policies.checkpoints.config_json import config_to_dict
+from vla_rl.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class DeployConfig:
+    """`episodes`: how many. `mode`: how chunks become actions, see `BrokerConfig`. `server`: address of a policy server
+    that runs, "" to start one. `shadow`: everything runs and nothing is sent.
+
+    `speed_scale`: share of the arm's limits, see `SafetyConfig`. `periods_ahead`: see `DDSArmConfig`.
+    `max_picture_age_s`, `grace_s`: see `LoopConfig`. `silence_s`: a control loop that is silent for longer is taken for
+    dead by the supervisor. `reply_s`: the longest wait for the policy. `num_videos`: of the first episodes.
+    """
+
+    robot: Literal["twin"] = "twin"
+    episodes: int = 20
+    mode: Literal["sync", "async", "ensemble", "rtc"] = "async"
+    server: str = ""
+    shadow: bool = False
+    speed_scale: float = 1.0
+    periods_ahead: float = 1.0
+    max_picture_age_s: float = 0.15
+    grace_s: float = 1.0
+    silence_s: float = 0.15
+    reply_s: float = 0.5
+    num_videos: int = 3
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1 or self.num_videos < 0:
+            raise ValueError(f"DeployConfig: episodes must be at least 1, num_videos 0 or more, got {self}")
+
+
+@dataclass(frozen=True)
+class TabletopScene:
+    """What a recipe says of the episodes; fields as in `EnvConfig` and `EvalConfig`. `execution_horizon`: how much of a
+    chunk mode sync plays. `label`: of the policy. `protocol`: what else decides an episode, for the result."""
+
+    task: str
+    split: str
+    cameras: tuple[str, ...]
+    image_size: int
+    control: str
+    randomization: str
+    max_episode_steps: int | None
+    first_seed: int
+    execution_horizon: int
+    label: str
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(recipe: Recipe, label: str) -> TabletopScene:
+        """The episodes of a recipe's evaluation. Raises ValueError for a recipe of another simulator, or a state that
+        no arm measures."""
+        env, evaluation = recipe.env, recipe.evaluation
+        if not isinstance(env, EnvConfig) or env.privileged_state or len(evaluation.tasks) > 1:
+            raise ValueError(
+                "deploy: the twin is the tabletop's arm, and its policies see cameras and the arm's own state; this "
+                f"recipe has {type(env).__name__}, privileged_state or several tasks"
+            )
+        settings = config_to_dict(env)
+        return TabletopScene(
+            task=(*evaluation.tasks, env.task)[0],
+            split=evaluation.split,
+            cameras=env.cameras,
+            image_size=env.image_size,
+            control=env.control,
+            randomization=env.randomization,
+            max_episode_steps=env.max_episode_steps,
+            first_seed=evaluation.first_seed,
+            execution_horizon=recipe.train.execution_horizon,
+            label=label,
+            protocol={"split": evaluation.split}
+            | {name: settings[name] for name in ("cameras", "image_size", "control", "randomization")},
+        )
+
+
+__all__ = ["DeployConfig", "TabletopScene"]
