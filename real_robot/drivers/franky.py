@@ -50,6 +50,7 @@ class FrankyArm:
         self._gripper_sent: float | None = None
         self._lock = threading.RLock()
         self._fault = ""
+        self._stopping = False
 
     def connect(self) -> None:
         """Raises HardwareError where franky is missing or the robot does not answer. Nothing moves."""
@@ -90,6 +91,7 @@ class FrankyArm:
                 robot.poll_motion()  # raises what ended the motion before
                 motion = self._franky.JointMotion(self._franky.JointState(position.tolist()))
                 robot.move(motion, asynchronous=True)
+                self._stopping = False
                 width = self._send_width(command.gripper)
             except Exception as error:
                 self._fault = f"the motion ended: {error}; call recover()"
@@ -102,7 +104,8 @@ class FrankyArm:
             return
         with self._lock:
             try:
-                if self._robot.is_in_control:
+                if self._robot.is_in_control and not self._stopping:  # a second stop would begin to brake anew
+                    self._stopping = True
                     self._robot.move(self._franky.JointStopMotion(), asynchronous=True)
             except Exception as error:  # the motion was aborted: the robot stands already
                 self._fault = f"the motion ended: {error}; call recover()"

@@ -37,6 +37,11 @@ def main() -> None:
             arm = FrankyArm(FrankyConfig(robot.hostname, relative_dynamics=0.2, realtime=False), spec)
             assert isinstance(arm, Arm)
             arm.connect()
+
+            def clock() -> float:
+                """The robot's own time: a busy machine simulates slower than real time."""
+                return arm._robot.state.time.to_sec()
+
             start = arm.read().position
             faults, velocities, reads, count = set(), [], [], 45
             for k in range(count):  # 3 s of new targets at 15 Hz
@@ -49,7 +54,9 @@ def main() -> None:
                 reads.append(1e3 * (time.perf_counter() - begin))
                 faults.add(state.fault)
                 velocities.append(float(np.abs(state.velocity).max()))
-            time.sleep(2.0)
+            end = clock() + 3.0
+            while clock() < end:
+                time.sleep(0.05)
             state = arm.read()
             result = {
                 "retargets": count,
@@ -62,12 +69,19 @@ def main() -> None:
             arm.send(Command(start, 0.02, count))
             time.sleep(0.5)
             arm.stop("test")
-            begin = time.monotonic()
-            arm.stop("test")
-            while np.abs(arm.read().velocity).max() > 0.02 and time.monotonic() - begin < 5:
-                time.sleep(0.01)
-            result["velocity_after_stop"] = float(np.abs(arm.read().velocity).max())
-            result["stood_after_stop_s"] = time.monotonic() - begin
+            begin = clock()
+            arm.stop("test")  # a second one changes nothing
+            # The simulator's wrist chatters at rest, so standing is told by positions, over 20 ms of the robot's time.
+            before = arm.read().position
+            while clock() - begin < 5:
+                mark = clock()
+                while clock() - mark < 0.02:
+                    time.sleep(0.005)
+                now = arm.read().position
+                if np.abs(now - before).max() < 5e-4:
+                    break
+                before = now
+            result["stood_after_stop_s"] = clock() - begin
             stood = arm.read().position
             time.sleep(0.5)
             result["moved_after_stop"] = float(np.abs(arm.read().position - stood).max())

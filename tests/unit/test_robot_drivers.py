@@ -492,7 +492,7 @@ def test_franky_over_the_vendors_protocol(tmp_path: Path):
     assert result["retargets"] == 45
     assert result["fault_while_moving"] == ""
     assert result["largest_velocity"] < 2.62  # of the FR3 at relative dynamics 1
-    assert result["stood_after_stop_s"] < 1.0
-    assert result["moved_after_stop"] < 1e-3
+    assert result["stood_after_stop_s"] < 1.5
+    assert result["moved_after_stop"] < 5e-3  # rad; it settles
     assert abs(result["gripper"] - 0.02) < 2e-3
     assert result["read_ms"] < 10
