@@ -155,6 +155,9 @@ class ControlLoop:
         """
         end = time.monotonic() + self.config.start_timeout_s
         self._finishing = False
+        _, self.mode, stopped = self.parts.arm.read()
+        if stopped:
+            raise StartRefusedError(f"the arm was stopped: {stopped}; see to it, then reset")
         self._wait_for_streams(end)
         state, action = self._first_action(end)
         self._standing = Command(state.position.copy(), state.gripper)
@@ -238,8 +241,8 @@ class ControlLoop:
         state, pictures, problem = self._look(now)
         reply = self._take_reply(now)
         asked = not problem and self._ask(state, pictures, now)
-        proposal = self.broker.action_at(now)
         source, human, sampled = self._human(state, now)
+        proposal = self.broker.action_at(now)  # after the person, whose coming and going voids what was planned
         wanted: Command | None = None
         if self.mode is Mode.HUMAN:
             wanted = human

@@ -23,8 +23,8 @@ import numpy as np
 
 from vla_rl.real_robot.interfaces import Vector
 
-_GRID = np.linspace(0.0, 1.0, 17)
-_ROUNDS = 2  # to 1/256 of the span of accelerations
+_GRID = np.linspace(0.0, 1.0, 9)
+_ROUNDS = 2  # to 1/64 of the span of accelerations: what is left, the next period corrects
 
 
 @dataclass(frozen=True)

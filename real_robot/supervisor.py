@@ -130,7 +130,7 @@ class Guard:
 
 # ---------------------------------------------------------------------------------------------------------- the process
 class Supervisor:
-    """Serves `guard` to one control loop on `listener`, a bound AF_UNIX socket."""
+    """Serves `guard` to one control loop on `listener`, an AF_UNIX socket that listens."""
 
     def __init__(self, guard: Guard, listener: socket.socket, config: SupervisorConfig) -> None:
         self._guard, self._listener, self.config = guard, listener, config
@@ -141,7 +141,6 @@ class Supervisor:
     def run(self) -> None:
         """Returns when the control loop says so, or `linger_s` after the last one has gone."""
         threading.Thread(target=self._watch, daemon=True).start()
-        self._listener.listen(1)
         self._listener.settimeout(0.2)
         while not self._ending:
             try:
@@ -227,6 +226,7 @@ def _main(make_arm: Callable[[], Arm], path: str, config: SupervisorConfig, read
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(path)
             os.chmod(path, 0o600)
+            listener.listen(1)
             listener.listen(1)  # before it is said to be there
             supervisor = Supervisor(guard, listener, config)
             ready.send_bytes(b"")
