@@ -3,6 +3,7 @@
 The driver needs numpy alone, so the checkout's folders are laid out as packages here without installing torch.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import json

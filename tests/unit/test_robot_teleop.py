@@ -211,7 +211,7 @@ def test_spacemouse_reads_all_that_waits(monkeypatch: pytest.MonkeyPatch):
             return self.state
 
         def close(self) -> None:
-            self.state = None
+            self.waiting = []
 
     mouse = Mouse()
     library = ModuleType("pyspacemouse")

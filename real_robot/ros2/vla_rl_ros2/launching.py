@@ -1,6 +1,6 @@
 """What the launch files share: the lifecycle node with a parameter file, configured and activated as it comes up."""
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from pathlib import Path
