@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.unit import rclpy_stand_in
 from vla_rl.real_robot.control_loop import LoopReport, Tick
 from vla_rl.real_robot.interfaces import ArmState, Command, Picture
 from vla_rl.real_robot.kinematics import ForwardKinematics
@@ -375,6 +376,85 @@ def test_bridge_runs_records_and_stops(tmp_path: Path):
         assert bridge.mode is Mode.IDLE
     finally:
         bridge.close("test")
+        robot.close()
+
+
+# ------------------------------------------------------------------------------------------------------------- the node
+def test_node_with_a_stand_in_for_rclpy_over_real_topics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The node's own code: what its transitions, services and action do to a robot on DDS."""
+    pytest.importorskip("cyclonedds")
+    from vla_rl.real_robot.dds import STATUS, DDSNode, NodeConfig
+    from vla_rl.real_robot.drivers.ros2_graph import DdsGraph
+
+    rclpy_stand_in.install(monkeypatch)
+    monkeypatch.delitem(sys.modules, "vla_rl_ros2.policy_node", raising=False)
+    node_module = module("policy_node")
+    plain = SimpleNamespace(Result=SimpleNamespace, Feedback=SimpleNamespace)
+    monkeypatch.setattr(node_module, "ros_type", lambda name: plain)
+    monkeypatch.setattr(node_module, "RclpyGraph", lambda node: DdsGraph(NodeConfig("policy", 96)))
+    chunk = np.tile(np.array([0.2, 0, 0, 0, 0, 0, 0, 1.0], np.float32), (8, 1))
+    bridge_of = module("bridge").Bridge
+    monkeypatch.setattr(node_module, "Bridge", lambda settings, graph: bridge_of(settings, graph, lambda _: chunk))
+
+    node = node_module.PolicyNode()
+    assert node.on_configure(None) == "failure"
+    assert "arm.joint_names is missing" in node.fail
+    settings = module("settings")
+    made = settings.read_yaml(PACKAGE / "config/twin.yaml") | {"gripper.kind": "", "loop.ramp_s": 0.1}
+    node.parameters |= made | {"record.path": str(tmp_path / "episodes")}
+    robot = Robot(96, np.array(made["arm.home"]))
+    modes: list[str] = []
+    watcher = DDSNode("watcher", 96)
+    watcher.subscription("~/mode", "std_msgs/msg/String", STATUS, lambda r: modes.append(r.message.data))
+
+    def call(name: str, **request: Any) -> Any:
+        return node.services[name](SimpleNamespace(**request), SimpleNamespace())
+
+    goal = {"prompt": "touch the cube", "max_duration_s": 0.8, "shadow": False}
+    try:
+        assert not call("~/estop").success  # unconfigured
+        assert node.on_configure(None) == "success", node.fail
+        assert node.action.accepts(SimpleNamespace(**goal)) == "reject"  # inactive
+        assert node.on_activate(None) == "success"
+        assert node.action.accepts(SimpleNamespace(**goal)) == "accept"
+        assert call("~/set_task", task="touch the cube").success
+        assert "empty" in call("~/set_task", task="").message
+        assert call("~/start_episode").success
+        handle = rclpy_stand_in.GoalHandle(**goal)
+        result = node.action.execute(handle)
+        assert (handle.ended, result.success, result.reason) == ("succeeded", True, "")
+        assert result.ticks >= 12
+        assert handle.feedback[-1].mode == "run"
+        assert call("~/end_episode", data=True).success
+        assert "no frame" in call("~/end_episode", data=True).message
+        ((period, diagnose),) = node.timers
+        assert period == 1.0
+        diagnose()
+
+        handle = rclpy_stand_in.GoalHandle(**(goal | {"max_duration_s": 5.0}))
+        threading.Timer(0.5, setattr, (handle, "is_cancel_requested", True)).start()
+        node.action.execute(handle)
+        assert handle.ended == "canceled"
+
+        handle = rclpy_stand_in.GoalHandle(**(goal | {"max_duration_s": 5.0}))
+        threading.Timer(0.5, call, ("~/estop",)).start()
+        result = node.action.execute(handle)
+        assert (handle.ended, result.success) == ("aborted", False)
+        assert "e-stop" in result.reason
+        assert node.action.accepts(SimpleNamespace(**goal)) == "reject"  # latched
+        assert call("~/reset_estop").success
+        assert node.action.accepts(SimpleNamespace(**goal)) == "accept"
+        before = robot.stops
+        assert node.on_deactivate(None) == "success"
+        end = time.monotonic() + 2
+        while robot.stops == before and time.monotonic() < end:
+            time.sleep(0.01)
+        assert robot.stops > before
+        assert modes[0] == "idle"
+        assert {"run", "estop"} <= set(modes)
+    finally:
+        node.end("test")
+        watcher.close()
         robot.close()
 
 
