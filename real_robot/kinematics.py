@@ -1,5 +1,8 @@
 """Where the tool is: forward kinematics of a chain of hinges, which a config gives from DH rows or a MuJoCo model."""
 
+# pyright: reportAttributeAccessIssue=false
+# (mujoco's compiled modules have no type stubs)
+
 from __future__ import annotations
 
 import math

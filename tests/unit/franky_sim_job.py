@@ -23,8 +23,8 @@ def lay_out(root: Path) -> None:
 def main() -> None:
     lay_out(Path(sys.argv[1]))
     import numpy as np
-    from franky_sim import SimulationServer
-    from franky_sim.mujoco_simulator import MujocoSimulator
+    from franky_sim import SimulationServer  # pyright: ignore[reportMissingImports]
+    from franky_sim.mujoco_simulator import MujocoSimulator  # pyright: ignore[reportMissingImports]
 
     from vla_rl.real_robot.drivers.franky import FrankyArm, FrankyConfig
     from vla_rl.real_robot.interfaces import Arm, ArmSpec, Command

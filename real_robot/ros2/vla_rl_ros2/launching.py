@@ -17,7 +17,7 @@ def parameter_file(name: str) -> str:
 def policy_launch(robot: str) -> Any:
     """Arguments: `params`, another parameter file; `policy_url`; `task`; `activate`, false to only configure."""
     import lifecycle_msgs.msg
-    from launch import LaunchDescription
+    from launch import LaunchDescription  # pyright: ignore[reportAttributeAccessIssue]
     from launch.actions import DeclareLaunchArgument, EmitEvent, RegisterEventHandler
     from launch.conditions import IfCondition
     from launch.events import matches_action
