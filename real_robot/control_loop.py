@@ -84,8 +84,9 @@ class LoopParts:
 
 class Tick(NamedTuple):
     """One period. `source`: whose command it was. `proposal`: the policy's action [A], also while a person drives.
-    `wanted`: the command before the filter, `applied`: what reached the arm; None where nothing did. `asked`: this
-    tick's observation went to the policy. `reply`: came in this tick. `late_s`: after its deadline."""
+    `wanted`: the command before the filter, `applied`: what reached the arm; None where nothing did. `observation`:
+    what went to the policy in this tick, None where nothing did. `reply`: came in this tick. `late_s`: after its
+    deadline."""
 
     at: float
     mode: Mode
@@ -96,7 +97,7 @@ class Tick(NamedTuple):
     wanted: Command | None
     applied: Command | None
     clamps: tuple[str, ...]
-    asked: bool
+    observation: Mapping[str, Any] | None
     reply: Reply | None
     problem: str
     late_s: float
@@ -236,13 +237,15 @@ class ControlLoop:
         return self.report
 
     def tick(self, late_s: float = 0.0) -> Tick:
-        """One period: look, think, decide, act."""
+        """One period: look, think, decide, act. Chunks are played on the grid of deadlines: by the clock, a tick that
+        comes a little early after a late one would get the action before once more."""
         now = time.monotonic()
+        due = now - late_s
         state, pictures, problem = self._look(now)
         reply = self._take_reply(now)
-        asked = not problem and self._ask(state, pictures, now)
+        observation = None if problem else self._ask(state, pictures, due)
         source, human, sampled = self._human(state, now)
-        proposal = self.broker.action_at(now)  # after the person, whose coming and going voids what was planned
+        proposal = self.broker.action_at(due)  # after the person, whose coming and going voids what was planned
         wanted: Command | None = None
         if self.mode is Mode.HUMAN:
             wanted = human
@@ -252,7 +255,7 @@ class ControlLoop:
         source = Control.HOLD if self.mode is Mode.HOLD or wanted is None else source
         tick = Tick(
             now, self.mode, source, state, pictures, proposal, wanted,
-            applied.command, applied.clamps, asked, reply, problem or self._problem, late_s,
+            applied.command, applied.clamps, observation, reply, problem or self._problem, late_s,
         )  # fmt: skip
         self._count(tick)
         if self.parts.on_tick is not None:
@@ -281,13 +284,14 @@ class ControlLoop:
                 problem = f"camera {camera.name}: frozen for {now - since:.3f} s"
         return state, pictures, problem
 
-    def _ask(self, state: ArmState, pictures: Mapping[str, Picture], now: float) -> bool:
+    def _ask(self, state: ArmState, pictures: Mapping[str, Picture], now: float) -> Mapping[str, Any] | None:
+        """The observation, where the policy was free to take it."""
         if self.parts.inference.busy or self._has_enough(now):
-            return False
+            return None
         images = {name: picture.image for name, picture in pictures.items()}
-        observation: dict[str, Any] = {"images": images, "state": self.parts.observe(state)}
+        observation = {"images": images, "state": self.parts.observe(state), "prompt": self.config.prompt}
         observation |= self.broker.continuation(now)  # where the motion was going, for real-time chunking
-        return self.parts.inference.submit({**observation, "prompt": self.config.prompt}, now)
+        return observation if self.parts.inference.submit(observation, now) else None
 
     def _has_enough(self, now: float) -> bool:
         """In mode sync the policy is asked once the chunk is used up."""
