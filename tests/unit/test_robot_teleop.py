@@ -314,7 +314,7 @@ def tick(k: int, source: Control, *, applied: bool = True) -> Tick:
     picture = {"front": Picture(np.full((2, 2, 3), k, np.uint8), float(k), k)}
     sent = Command(np.array([0.1 * k + 0.05, 0.0]), 0.04, k) if applied else None
     proposal = None if k == 2 else np.array([9.0, 0.5, 0.08], np.float32)
-    return Tick(float(k), Mode.RUN, source, state, picture, proposal, sent, sent, (), True, None, "", 0.0)
+    return Tick(float(k), Mode.RUN, source, state, picture, proposal, sent, sent, (), None, None, "", 0.0)
 
 
 def test_episodes_keep_whose_action_it_was_and_what_was_proposed(tmp_path: Path):
