@@ -221,8 +221,7 @@ class ControlLoop:
         try:
             while True:
                 time.sleep(max(0.0, deadline - time.monotonic()))
-                late = time.monotonic() - deadline
-                self.tick(late)
+                self.tick(deadline)
                 over = duration_s is not None and deadline + self._period - begun >= duration_s
                 if self.mode is Mode.ESTOP or self._finishing or over:
                     break
@@ -236,11 +235,13 @@ class ControlLoop:
             raise
         return self.report
 
-    def tick(self, late_s: float = 0.0) -> Tick:
-        """One period: look, think, decide, act. Chunks are played on the grid of deadlines: by the clock, a tick that
-        comes a little early after a late one would get the action before once more."""
+    def tick(self, due: float | None = None) -> Tick:
+        """One period, which is due now or was at `due`: look, think, decide, act. Chunks are played on the grid of
+        deadlines: by the clock, a tick that comes a little early after a late one would get the action before once
+        more."""
         now = time.monotonic()
-        due = now - late_s
+        due = now if due is None else due
+        late_s = now - due
         state, pictures, problem = self._look(now)
         reply = self._take_reply(now)
         observation = None if problem else self._ask(state, pictures, due)
