@@ -4,10 +4,12 @@ was proposed on the arm. Without an arm, it shows a policy that was trained on o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +104,27 @@ def replay(log: Path | str, infer: Infer) -> Replay:
     return Replay(about, seconds, policy, proposed, applied, human, decisions)
 
 
+def stored_policy(folder: Path) -> Infer:
+    """The policy of a folder, on the CPU; each observation's noise is addressed by its number, so a replay repeats.
+
+    Raises PolicyCheckpointError as `load_any`.
+    """
+    from vla_rl.serving.inference import read_policy  # torch: not where only a server is asked
+    from vla_rl.serving.requests import read_request
+    from vla_rl.serving.rtc import RTCConfig
+
+    served = read_policy(folder, 1, device="cpu", rtc=RTCConfig())
+    count = 0
+
+    def infer(observation: Mapping[str, Any]) -> NDArray[np.floating]:
+        nonlocal count
+        noise = np.random.default_rng([0, count]).standard_normal((1, *served.shapes.noise), np.float32)
+        count += 1
+        return served.act([read_request(dict(observation), served.shapes)], noise)[0]
+
+    return infer
+
+
 def _is_joint_target(action: NDArray, about: LogAbout) -> bool:
     """The action's names are the joints': only then is what was applied in its units."""
     return len(action) == len(about.joint_names) + 1 and about.action_names[:-1] == about.joint_names
@@ -112,4 +135,4 @@ def _series(label: str, style: str, x: NDArray, y: NDArray) -> Series | None:
     return Series(label, style, tuple(x[known].tolist()), tuple(y[known].tolist())) if known.any() else None
 
 
-__all__ = ["Replay", "replay"]
+__all__ = ["Replay", "replay", "stored_policy"]

@@ -13,7 +13,19 @@ import traceback
 from collections.abc import Sequence
 
 WITH_RECIPE = ("run", "demos", "sft", "train", "eval")
-COMMANDS = (*WITH_RECIPE, "doctor", "recipes", "env", "compare", "report", "checkpoint", "serve", "twin", "deploy")
+COMMANDS = (
+    *WITH_RECIPE,
+    "doctor",
+    "recipes",
+    "env",
+    "compare",
+    "report",
+    "checkpoint",
+    "serve",
+    "twin",
+    "deploy",
+    "replay",
+)
 USAGE = """vla-rl: take a vision-language-action policy from demonstrations to a real arm with reinforcement learning
 
   vla-rl doctor                              what this machine can run, and how to get what is missing
@@ -29,6 +41,7 @@ USAGE = """vla-rl: take a vision-language-action policy from demonstrations to a
   vla-rl serve --policy DIR                  a policy over a websocket; eval --policy ws://host:port asks it
   vla-rl twin --task TASK                    the tabletop's arm as a process behind ROS 2 topics, in real time
   vla-rl deploy --robot twin --policy DIR --out DIR    the policy on that arm, through the safety filter
+  vla-rl replay LOG --policy DIR             a policy's answers to an arm's log, against what was done there
   vla-rl checkpoint inspect DIR | convert FROM TO    public checkpoints: pi0, pi0.5, SmolVLA, OpenVLA
 
   vla-rl COMMAND RECIPE --help shows all options; add --resume to go on with what was interrupted."""

@@ -314,6 +314,38 @@ def deploy_command(argv: list[str]) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class ReplayOptions:
+    """log: folder that a run on an arm wrote. policy: folder of a policy, or ws://host:port of a server. api_key_file:
+    for that server. out: an HTML page with a chart for each dimension of the action."""
+
+    log: tyro.conf.Positional[Path]
+    policy: str
+    api_key_file: Path | None = None
+    out: Path | None = None
+
+
+def replay_command(argv: list[str]) -> int:
+    """The open-loop check of an arm's log."""
+    require_serving()
+    from vla_rl.real_robot.inference import ServedActions
+    from vla_rl.real_robot.inference import ServerConfig as Server
+    from vla_rl.real_robot.replay import replay, stored_policy
+
+    o = _parse(ReplayOptions, argv, "replay")
+    if o.policy.startswith(("ws://", "wss://")):
+        key = None if o.api_key_file is None else read_api_key(o.api_key_file)
+        infer = ServedActions(Server(o.policy, api_key=key, timeout_s=30.0))
+    else:
+        infer = stored_policy(Path(o.policy))
+    found = replay(o.log, infer)
+    print(found.format_table())
+    if o.out is not None:
+        found.write_html(o.out)
+        print(f"charts: {o.out}")
+    return 0
+
+
 def _take(argv: list[str], option: str, command: str = "eval") -> tuple[str | None, list[str]]:
     """The value after `option`, which decides the defaults of all others, and the rest."""
     if option not in argv:

@@ -9,6 +9,9 @@ from rosbags.highlevel import AnyReader
 from rosbags.typesys import Stores, get_typestore
 
 from tests.unit.sim_arm import RATE_HZ, SPEC, Reaching, SimArm, SimCamera
+from vla_rl.cli import main
+from vla_rl.policies.checkpoints.native import save_policy
+from vla_rl.policies.tiny import TinyVLA, TinyVLAConfig
 from vla_rl.real_robot.control_loop import ControlLoop, LoopConfig, LoopParts
 from vla_rl.real_robot.inference import Inference
 from vla_rl.real_robot.log import LogAbout, RobotLog, config_digest, read_about, read_ticks
@@ -114,3 +117,16 @@ def test_bad_logs_and_policies_are_refused(run, tmp_path):
 
 def test_digests_depend_on_values_and_not_on_order():
     assert config_digest({"a": 1, "b": 2}) == config_digest({"b": 2, "a": 1}) != config_digest({"a": 1, "b": 3})
+
+
+def test_the_command_asks_a_policys_folder(run, tmp_path, capsys):
+    policy = TinyVLA(TinyVLAConfig(state_dim=3, action_dim=3, cameras=("front",), image_size=16, action_horizon=4))
+    save_policy(policy, tmp_path / "policy")
+    assert main(["replay", str(run[0]), "--policy", str(tmp_path / "policy"), "--out", str(tmp_path / "r.html")]) == 0
+    first = capsys.readouterr().out
+    assert "shoulder" in first
+    assert (tmp_path / "r.html").stat().st_size > 5000
+    main(["replay", str(run[0]), "--policy", str(tmp_path / "policy")])
+    assert capsys.readouterr().out.splitlines()[:6] == first.splitlines()[:6]  # the same noise again
+    assert main(["replay", str(run[0]), "--policy", "ws://127.0.0.1:9"]) == 1
+    assert "no policy server" in capsys.readouterr().err
