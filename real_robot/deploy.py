@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,20 @@ from numpy.typing import NDArray
 
 from vla_rl.evaluation.result import Episode, EvalResult
 from vla_rl.evaluation.video import write_video
-from vla_rl.real_robot.control_loop import ControlLoop, LoopConfig, LoopParts, Tick
+from vla_rl.real_robot.control_loop import ControlLoop, LoopConfig, LoopParts, StartRefusedError, Tick
 from vla_rl.real_robot.deploy_config import DeployConfig, TabletopScene
 from vla_rl.real_robot.deploy_processes import check_server, start_server, start_twin
 from vla_rl.real_robot.drivers.dds_arm import DDSArm, DDSArmConfig, DDSCamera, DDSCameraConfig, twin_arm_spec
 from vla_rl.real_robot.drivers.twin_episodes import EpisodeState
 from vla_rl.real_robot.inference import Inference, ServedActions, ServerConfig
 from vla_rl.real_robot.interfaces import Arm, HardwareError
+from vla_rl.real_robot.log import LogAbout, RobotLog
 from vla_rl.real_robot.modes import Mode
 from vla_rl.real_robot.safety import SafetyConfig
 from vla_rl.real_robot.supervisor import SupervisorClient, SupervisorConfig
 from vla_rl.real_robot.tabletop_arm import TabletopArm, tabletop_chain
 from vla_rl.serving.broker import BrokerConfig
+from vla_rl.serving.client import ENVELOPE
 
 RESULT_FILE = "deploy.json"
 
@@ -118,7 +120,9 @@ class Deployment:
 
     def _connect(self) -> None:
         scene, config, stack = self.scene, self.config, self._stack
-        self.out.mkdir(parents=True, exist_ok=True)
+        if (self.out / RESULT_FILE).exists() or (self.out / "logs").exists():
+            raise ValueError(f"{self.out} holds a deployment already; name another folder with --out")
+        (self.out / "logs").mkdir(parents=True)
         url = config.server
         if not url:
             if self.policy is None:
@@ -141,7 +145,7 @@ class Deployment:
             workspace_high=(0.75, 0.35, 0.5),
             speed_scale=config.speed_scale,
         )
-        make_arm = partial(_twin_arm, config.periods_ahead)
+        make_arm = partial(_twin_arm, config.limits, config.periods_ahead)
         supervisor = SupervisorConfig(safety, timeout_s=config.silence_s, linger_s=0.0)
         self._guarded = stack.enter_context(SupervisorClient.start(make_arm, supervisor))
         self._arm = TabletopArm(self._guarded, scene.control)
@@ -155,16 +159,16 @@ class Deployment:
     def run(self) -> EvalResult:
         """All episodes, and their files. Raises DeployStoppedError where the arm was stopped; what ran is saved."""
         start, load = time.monotonic(), os.getloadavg()[0]
-        seeds = range(self.scene.first_seed, self.scene.first_seed + self.config.episodes)
+        seed = first = self.scene.first_seed
         try:
-            for seed in seeds:
+            for seed in range(first, first + self.config.episodes):  # noqa: B007 (the last one is told below)
                 self._episode(seed)
                 if self.stopped:
                     break
         finally:
             result = self._save(time.monotonic() - start, load)
         if self.stopped:
-            raise DeployStoppedError(self._why_stopped(seeds[len(self.rows) - 1]))
+            raise DeployStoppedError(self._why_stopped(seed))
         assert result is not None
         return result
 
@@ -183,15 +187,32 @@ class Deployment:
             inference=self._inference,
             to_command=self._arm.target,
             observe=self._arm.observe,
-            on_tick=lambda tick: self._on_tick(tick, run, loop),
+            on_tick=lambda tick: self._on_tick(tick, run, loop, log),
         )
         loop = ControlLoop(parts, self._loop_config(state.instruction))
         self._arm.read()
         self._arm.begin()
-        loop.start(shadow=self.config.shadow)
-        self._arm.begin()  # the first action is executed in the first tick, not in start's check
-        loop.run(duration_s=3 * run.max_steps / self._arm.spec.rate_hz + self.config.grace_s + 1.0)
+        with RobotLog(self.out / "logs" / f"episode_{seed}", self._about(state.instruction)) as log:
+            try:
+                loop.start(shadow=self.config.shadow)
+            except StartRefusedError as error:
+                self.stopped = f"it was not started: {error}"
+                return
+            self._arm.begin()  # the first action is executed in the first tick, not in start's check
+            loop.run(duration_s=3 * run.max_steps / self._arm.spec.rate_hz + self.config.grace_s + 1.0)
         self._finish(run, loop, state.instruction)
+
+    def _about(self, instruction: str) -> LogAbout:
+        said = self._served.metadata.get(ENVELOPE, {})
+        return LogAbout(
+            joint_names=self._arm.spec.joint_names,
+            prompt=instruction,
+            control_hz=self._arm.spec.rate_hz,
+            policy=self.scene.label,
+            policy_digest=str(said.get("policy_digest", "")),
+            action_names=self._arm.action.names,
+            config=asdict(self.config) | asdict(self.scene),
+        )
 
     def _loop_config(self, instruction: str) -> LoopConfig:
         rate, config = self._arm.spec.rate_hz, self.config
@@ -203,7 +224,8 @@ class Deployment:
             ramp_s=0.0,  # an action moves the setpoint by 2 cm at most: there is no way to come in from
         )
 
-    def _on_tick(self, tick: Tick, run: EpisodeRun, loop: ControlLoop) -> None:
+    def _on_tick(self, tick: Tick, run: EpisodeRun, loop: ControlLoop, log: RobotLog) -> None:
+        log.write(tick)
         run.add(tick, self._twin.state())
         if run.failed_at == tick.at:
             loop.broker.flush(tick.at)  # what is left of the plan is not worth moving for: hold
@@ -242,7 +264,7 @@ class Deployment:
         values = {
             "config": asdict(self.config),
             "policy": self.scene.label,
-            "server": self._served.metadata.get("vla_rl", {}),
+            "server": self._served.metadata.get(ENVELOPE, {}),
             "stopped": self.stopped,
             "success_once": result.success_once.as_dict() if result else None,
             "latency_ms": percentiles_ms(totals.latency_s),
@@ -317,8 +339,12 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def _twin_arm(periods_ahead: float) -> Arm:
-    return DDSArm(twin_arm_spec(), DDSArmConfig(periods_ahead=periods_ahead))
+def _twin_arm(limits: str, periods_ahead: float) -> Arm:
+    spec = twin_arm_spec()
+    if limits == "tabletop":  # from one way at full speed to the other within a period
+        acceleration = 2 * spec.max_velocity * spec.rate_hz
+        spec = replace(spec, max_acceleration=acceleration, max_jerk=2 * acceleration * spec.rate_hz)
+    return DDSArm(spec, DDSArmConfig(periods_ahead=periods_ahead))
 
 
 __all__ = [

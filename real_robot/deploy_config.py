@@ -16,7 +16,10 @@ class DeployConfig:
     """`episodes`: how many. `mode`: how chunks become actions, see `BrokerConfig`. `server`: address of a policy server
     that runs, "" to start one. `shadow`: everything runs and nothing is sent.
 
-    `speed_scale`: share of the arm's limits, see `SafetyConfig`. `periods_ahead`: see `DDSArmConfig`.
+    `limits` of the safety filter: "tabletop" has the simulator's joint speeds, reached within a control period, as the
+    policies have learned; "panda" has the accelerations and jerks that Franka Robotics documents besides.
+    `speed_scale`: share of them, see `SafetyConfig`. `periods_ahead`: see `DDSArmConfig`; with a fifth
+    the twin is near to the simulator's servos, an arm on a table wants 1.
     `max_picture_age_s`, `grace_s`: see `LoopConfig`. `silence_s`: a control loop that is silent for longer is taken for
     dead by the supervisor. `reply_s`: the longest wait for the policy. `num_videos`: of the first episodes.
     """
@@ -26,8 +29,9 @@ class DeployConfig:
     mode: Literal["sync", "async", "ensemble", "rtc"] = "async"
     server: str = ""
     shadow: bool = False
+    limits: Literal["tabletop", "panda"] = "tabletop"
     speed_scale: float = 1.0
-    periods_ahead: float = 1.0
+    periods_ahead: float = 0.2
     max_picture_age_s: float = 0.15
     grace_s: float = 1.0
     silence_s: float = 0.15
