@@ -38,7 +38,8 @@ class LoopConfig:
     `max_picture_age_s`: since a picture came, and since a camera last showed another one (a frozen camera repeats its
     own stamp). `grace_s`: in HOLD for want of actions, before the arm is stopped. `start_tolerance`: rad between the
     first target and the measured pose. `ramp_s`: over which a start, or the policy after a person, comes to full
-    effect. `start_timeout_s`: for fresh streams and the first chunk.
+    effect. `max_plan_age_s`: how long a chunk is followed after its observation, so how long a dead policy goes
+    unnoticed; None: to its end. `start_timeout_s`: for fresh streams and the first chunk.
     """
 
     prompt: str
@@ -47,6 +48,7 @@ class LoopConfig:
     grace_s: float = 1.0
     start_tolerance: float = 0.3
     ramp_s: float = 1.0
+    max_plan_age_s: float | None = None
     start_timeout_s: float = 10.0
 
     def __post_init__(self) -> None:
@@ -145,6 +147,7 @@ class ControlLoop:
         self._ramp: tuple[float, Vector] | None = None  # since when, and from where
         self._held_since = 0.0
         self._problem = ""
+        self._planned_at = -np.inf  # capture of the observation of the newest chunk
         self._changed: dict[str, tuple[int, float]] = {}  # camera: its newest own stamp, and when we first saw that
 
     # ------------------------------------------------------------------------------------------------------- starting
@@ -308,7 +311,8 @@ class ControlLoop:
             self._problem = reply.error
         else:
             self._problem = ""
-            self.broker.offer(reply.actions, reply.observed_at, reply.sequence, now)
+            if self.broker.offer(reply.actions, reply.observed_at, reply.sequence, now):
+                self._planned_at = reply.observed_at
         return reply
 
     # -------------------------------------------------------------------------------------------------------- deciding
@@ -335,6 +339,9 @@ class ControlLoop:
     def _policy(self, proposal: Actions | None, problem: str, control: Control, now: float) -> Command | None:
         """The policy's command; None to hold. Changes between RUN and HOLD, and stops after the grace time."""
         assert self._standing is not None
+        age = self.config.max_plan_age_s
+        if age is not None and now - self._planned_at > age:
+            problem = problem or f"the policy's plan is {now - self._planned_at:.3f} s old"
         able = proposal is not None and not problem and control is Control.POLICY
         if self.mode is Mode.SHADOW:
             return self.parts.to_command(proposal, self._standing) if proposal is not None else None

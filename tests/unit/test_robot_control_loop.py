@@ -138,6 +138,17 @@ def test_starvation_stops_after_the_grace_time_and_latches():
     assert rig.loop.run(0.2).stop_reason == ""
 
 
+def test_a_plan_is_not_followed_for_longer_than_it_may():
+    ages = []
+    for limit in (None, 0.05):
+        rig = Rig(max_plan_age_s=limit)
+        rig.then = {40: lambda rig=rig: setattr(rig.policy, "fail", "gone")}
+        rig.run(5.0)
+        failed = next(t.at for t in rig.ticks if t.reply is not None and t.reply.error)
+        ages.append(next(t.at for t in rig.ticks if t.at > failed and t.mode is Mode.HOLD) - failed)
+    assert ages[1] < ages[0] - 0.05  # the chunk has 0.2 s
+
+
 def test_a_frozen_camera_holds_then_stops():
     rig = Rig(max_picture_age_s=0.15)
     rig.then = {30: lambda: setattr(rig.camera, "frozen", True)}
