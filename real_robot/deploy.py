@@ -161,7 +161,7 @@ class Deployment:
         start, load = time.monotonic(), os.getloadavg()[0]
         seed = first = self.scene.first_seed
         try:
-            for seed in range(first, first + self.config.episodes):  # noqa: B007 (the last one is told below)
+            for seed in range(first, first + self.config.episodes):
                 self._episode(seed)
                 if self.stopped:
                     break

@@ -10,6 +10,8 @@ from vla_rl.envs.config import EnvConfig
 from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.train.recipe import Recipe
 
+CAMERA_HZ = 50.0  # a simulator's picture is as new as its state; one of 20 Hz is up to a control step older
+
 
 @dataclass(frozen=True)
 class DeployConfig:
@@ -87,4 +89,4 @@ class TabletopScene:
         )
 
 
-__all__ = ["DeployConfig", "TabletopScene"]
+__all__ = ["CAMERA_HZ", "DeployConfig", "TabletopScene"]

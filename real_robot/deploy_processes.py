@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_rl.core import ActionSpec
-from vla_rl.real_robot.deploy_config import TabletopScene
+from vla_rl.real_robot.deploy_config import CAMERA_HZ, TabletopScene
 from vla_rl.real_robot.drivers.twin_episodes import TwinEpisodes
 from vla_rl.real_robot.interfaces import HardwareError
 from vla_rl.serving.client import ENVELOPE, PolicyClient, PolicyServerError
@@ -61,6 +61,7 @@ def _own_twin(scene: TabletopScene, log: Path, stack: ExitStack) -> TwinEpisodes
         "task": scene.task,
         "split": scene.split,
         "image-size": scene.image_size,
+        "camera-hz": CAMERA_HZ,
         "randomization": scene.randomization,
         "record": log.with_suffix(".jsonl"),
     }

@@ -18,7 +18,7 @@ from vla_rl.doctor import run_doctor
 from vla_rl.evaluation.compare import compare
 from vla_rl.evaluation.result import EvalResult
 from vla_rl.policies.checkpoints.openvla import OpenVLAOptions
-from vla_rl.real_robot.deploy_config import DeployConfig, TabletopScene
+from vla_rl.real_robot.deploy_config import CAMERA_HZ, DeployConfig, TabletopScene
 from vla_rl.serving.config import RemoteConfig, ServerConfig, read_api_key, require_serving
 from vla_rl.train.check import check_recipe
 from vla_rl.train.distributed import join_learners, learner, leave_learners, wait_for_all
@@ -281,7 +281,7 @@ def twin_command(argv: list[str]) -> int:
     """The digital twin of the tabletop's arm, until Ctrl-C. Its episodes are held-out ones, as those of `eval`."""
     from vla_rl.real_robot.twin import TwinConfig, run_twin
 
-    run_twin(_parse(TwinConfig(split="test"), argv, "twin"))
+    run_twin(_parse(TwinConfig(split="test", camera_hz=CAMERA_HZ), argv, "twin"))
     return 0
 
 
