@@ -183,6 +183,7 @@ def test_thousands_of_adversarial_commands_through_the_whole_filter():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_a_million_adversarial_commands_through_the_whole_filter():
     for seed in range(100):
         run_filter(10_000, seed)
