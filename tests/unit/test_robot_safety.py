@@ -59,7 +59,7 @@ def adversarial(kind, rng, shape, target, k):
 @pytest.mark.parametrize("kind", ["white", "walk", "jumps", "bang", "sine"])
 @pytest.mark.parametrize("period", [0.001, 0.01, 0.05])
 def test_adversarial_streams_stay_within_all_limits(kind, period):
-    """Fifteen cases of 400 arms, 170 periods: a million commands together, two joints each."""
+    """Fifteen cases of 400 arms, 170 periods: half a million commands of two joints, a million joint setpoints."""
     rng = np.random.default_rng(7)
     arms = 400
     limiter = MotionLimiter(*LIMITS, period)
