@@ -34,7 +34,7 @@ from vla_rl.real_robot.deploy_processes import check_server, start_server, start
 from vla_rl.real_robot.drivers.dds_arm import DDSArm, DDSArmConfig, DDSCamera, DDSCameraConfig, twin_arm_spec
 from vla_rl.real_robot.drivers.twin_episodes import EpisodeState
 from vla_rl.real_robot.inference import Inference, ServedActions, ServerConfig
-from vla_rl.real_robot.interfaces import Arm, HardwareError
+from vla_rl.real_robot.interfaces import ArmSpec, HardwareError
 from vla_rl.real_robot.log import LogAbout, RobotLog
 from vla_rl.real_robot.modes import Mode
 from vla_rl.real_robot.safety import SafetyConfig
@@ -144,8 +144,9 @@ class Deployment:
             workspace_low=(0.25, -0.35, 0.0),
             workspace_high=(0.75, 0.35, 0.5),
             speed_scale=config.speed_scale,
+            max_state_age_s=config.max_state_age_s,
         )
-        make_arm = partial(_twin_arm, config.limits, config.periods_ahead)
+        make_arm = partial(DDSArm, _spec(config.limits), DDSArmConfig(periods_ahead=config.periods_ahead))
         supervisor = SupervisorConfig(safety, timeout_s=config.silence_s, linger_s=0.0)
         self._guarded = stack.enter_context(SupervisorClient.start(make_arm, supervisor))
         self._arm = TabletopArm(self._guarded, scene.control)
@@ -339,12 +340,12 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def _twin_arm(limits: str, periods_ahead: float) -> Arm:
+def _spec(limits: str) -> ArmSpec:
     spec = twin_arm_spec()
     if limits == "tabletop":  # from one way at full speed to the other within a period
         acceleration = 2 * spec.max_velocity * spec.rate_hz
         spec = replace(spec, max_acceleration=acceleration, max_jerk=2 * acceleration * spec.rate_hz)
-    return DDSArm(spec, DDSArmConfig(periods_ahead=periods_ahead))
+    return spec
 
 
 __all__ = [
