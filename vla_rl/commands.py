@@ -300,13 +300,13 @@ def deploy_command(argv: list[str]) -> int:
 
     folder, rest = _take(argv, "--policy", "deploy")
     name, rest = _take(rest, "--recipe", "deploy")
+    o = _parse(DeployOptions(DeployConfig()), rest, "deploy")
     if name is not None:
         recipe = get_recipe(name)
     elif folder is not None:
         recipe = _recipe_of(Path(folder), "deploy")
     else:
         raise UsageError("deploy: name a policy's folder with --policy, or --server and --recipe")
-    o = _parse(DeployOptions(DeployConfig()), rest, "deploy")
     torch.set_num_threads(1)  # of the control loop, which shares the machine with the policy
     scene = TabletopScene.of(recipe, folder or o.config.server)
     result = deploy(scene, None if folder is None else Path(folder), o.out, o.config)
@@ -423,7 +423,7 @@ class ConvertOptions:
 
 def checkpoint_command(argv: list[str]) -> int:
     """Look at a checkpoint, or write it in another layout."""
-    from vla_rl.policies.checkpoints.load_any import convert, describe, layout_of
+    from vla_rl.policies.checkpoints.load_any import convert, describe
     from vla_rl.policies.checkpoints.options import ReadOptions
 
     action, rest = (argv[0], argv[1:]) if argv else ("", [])
@@ -443,9 +443,8 @@ def checkpoint_command(argv: list[str]) -> int:
             discrete_state=o.discrete_state,
             state_width=o.state_width,
         )
-        if o.openvla != OpenVLAOptions() and layout_of(o.source) != "openvla":
-            raise UsageError(f"checkpoint: --openvla.* is for a folder of OpenVLA, {o.source} is none")
-        lost = convert(o.source, o.target, o.layout, told, o.openvla)
+        openvla = None if o.openvla == OpenVLAOptions() else o.openvla
+        lost = convert(o.source, o.target, o.layout, told, openvla)
         print("\n  ".join([f"{o.target}: {o.layout}", *lost]))
     else:
         raise UsageError("checkpoint: say inspect DIR, or convert FROM TO --layout LAYOUT")
