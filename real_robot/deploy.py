@@ -221,6 +221,7 @@ class Deployment:
             prompt=instruction,
             broker=BrokerConfig(rate, config.mode, self.scene.execution_horizon),
             max_picture_age_s=config.max_picture_age_s,
+            max_plan_age_s=None if config.mode == "sync" else config.max_plan_age_s,
             grace_s=config.grace_s,
             ramp_s=0.0,  # an action moves the setpoint by 2 cm at most: there is no way to come in from
         )

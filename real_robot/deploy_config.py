@@ -22,8 +22,9 @@ class DeployConfig:
     policies have learned; "panda" has the accelerations and jerks that Franka Robotics documents besides.
     `speed_scale`: share of them, see `SafetyConfig`. `periods_ahead`: see `DDSArmConfig`; with a fifth the twin is near
     to the simulator's servos, an arm on a table wants 1. `max_state_age_s`: see `SafetyConfig`. `max_picture_age_s`,
-    `grace_s`: see `LoopConfig`. `silence_s`: a control loop that is silent for longer is taken for dead by the
-    supervisor. `reply_s`: the longest wait for the policy. `num_videos`: of the first episodes.
+    `max_plan_age_s` (but in mode sync, where the arm waits), `grace_s`: see `LoopConfig`. `silence_s`: a control loop
+    that is silent for longer is taken for dead by the supervisor. `reply_s`: the longest wait for the policy.
+    `num_videos`: of the first episodes.
     """
 
     robot: Literal["twin"] = "twin"
@@ -36,6 +37,7 @@ class DeployConfig:
     periods_ahead: float = 0.2
     max_state_age_s: float = 0.1
     max_picture_age_s: float = 0.15
+    max_plan_age_s: float = 0.2
     grace_s: float = 1.0
     silence_s: float = 0.15
     reply_s: float = 0.5
