@@ -131,6 +131,8 @@ def convert(
         raise PolicyCheckpointError(f"{target} is not empty; name a new folder")
     found = layout_of(source)
     told = options or ReadOptions(dtype=None)
+    if openvla is not None and found not in ("native", "openvla"):
+        raise PolicyCheckpointError(f"{source} is no folder of OpenVLA; leave its options out")
     if found == "native":
         if openvla is not None or replace(told, dtype=None) != ReadOptions(dtype=None):
             raise PolicyCheckpointError(
