@@ -174,6 +174,9 @@ class Deployment:
         return result
 
     def _episode(self, seed: int) -> None:
+        if self._server is not None and self._server.poll() is not None:
+            self.stopped = "it was not started"
+            return
         state = self._twin.reset(seed)
         while self._inference.busy:  # with the episode before; its reply is not used
             time.sleep(0.005)
