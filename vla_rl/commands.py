@@ -300,7 +300,7 @@ def deploy_command(argv: list[str]) -> int:
 
     folder, rest = _take(argv, "--policy", "deploy")
     name, rest = _take(rest, "--recipe", "deploy")
-    o = _parse(DeployOptions(DeployConfig()), rest, "deploy")
+    o = _parse(DeployOptions(DeployConfig()), rest, f"deploy --policy {folder or 'DIR'} --recipe {name or 'NAME'}")
     if name is not None:
         recipe = get_recipe(name)
     elif folder is not None:
