@@ -1,10 +1,11 @@
-"""Learning experiment: the tiny VLA on three LIBERO tasks, fine-tuned on 20 demonstrations, then Flow-SDE PPO.
+"""Learning experiment: the tiny VLA on three LIBERO tasks, fine-tuned on 20 demonstrations, then WSRL.
 
-    make experiment NAME=libero_rl ARGS="--task object"      # or spatial, goal: hours each on two cores
+    make experiment NAME=libero_rl ARGS="--task object"      # or spatial, goal: an hour a seed on two cores
 
-For each seed the recipe's demonstrations and policy, and from it Flow-SDE PPO with its advantages and with shuffled
-ones. Training begins from the even initial states of the task, the 100 episodes of evaluation from the odd ones.
-Required: ahead of the fine-tuned policy and of the control, which ends no more than 8 points above the start.
+For each seed the recipe's demonstrations and policy, and from it a critic on the same demonstrations and WSRL without
+them. The control is the same without a reward: its critic never learns and its replay does not know successes, so it
+imitates the demonstrations and then itself. Training begins from the even initial states of the task, the 100 episodes
+of evaluation from the odd ones. Required: ahead of the fine-tuned policy and of the control.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+from tests.experiments.offline_to_online_vla import without_reward
 from tests.experiments.runner import Experiment, Method, envs_of, main_of_task, start_of
 from vla_rl.configs import get_recipe
 from vla_rl.envs.libero import LiberoConfig
-from vla_rl.train.loop import TrainConfig
+from vla_rl.train.offpolicy import OffPolicyConfig
 
 NUM_ENVS = 8
 
@@ -23,25 +25,22 @@ NUM_ENVS = 8
 def _experiment(task: str) -> Experiment:
     recipe = get_recipe("libero_object")
     assert isinstance(recipe.env, LiberoConfig)
+    assert isinstance(recipe.train, OffPolicyConfig)
     recipe = replace(recipe, env=replace(recipe.env, task=task))
-    control = recipe.control().train
-    assert isinstance(recipe.train, TrainConfig)
-    assert isinstance(control, TrainConfig)
-
     return Experiment(
         name=f"libero_rl/{task.replace('/', '_')}",
-        title=f"{task}: twenty demonstrations, then Flow-SDE PPO",
+        title=f"{task}: twenty demonstrations, then WSRL",
         prepare=start_of(recipe),
         make_env=envs_of(recipe),
         methods={
-            "flow_sde": Method("Flow-SDE PPO", recipe.train),
-            "control": Method("shuffled advantages", control, "control"),
+            "wsrl": Method("WSRL", recipe.train),
+            "control": Method("the same, no reward", without_reward(recipe.train), "other"),
         },
         num_episodes=100,
         first_episode=0,
         required=0.0,
         start_range=(0.0, 1.0),
-        ahead=(("flow_sde", "sft"), ("flow_sde", "control")),
+        ahead=(("wsrl", "sft"), ("wsrl", "control")),
         num_envs=NUM_ENVS,
         curve_episodes=25,
     )
