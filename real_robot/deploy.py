@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vla_rl.evaluation.result import Episode, EvalResult
+from vla_rl.evaluation.result import Episode, EvalResult, Timing
 from vla_rl.evaluation.video import write_video
 from vla_rl.real_robot.control_loop import ControlLoop, LoopConfig, LoopParts, StartRefusedError, Tick
 from vla_rl.real_robot.deploy_config import DeployConfig, TabletopScene
@@ -60,6 +60,7 @@ class EpisodeRun:
     steps: int = 0
     state: EpisodeState | None = None
     clamps: Counter[str] = field(default_factory=Counter)
+    num_clamped: int = 0
     frames: list[NDArray[np.uint8]] = field(default_factory=list)
     failed_at: float | None = None
 
@@ -77,6 +78,7 @@ class EpisodeRun:
         if not self.over:
             self.steps += tick.wanted is not None
             self.clamps.update(tick.clamps)
+            self.num_clamped += bool(tick.clamps)
 
 
 @dataclass
@@ -250,11 +252,14 @@ class Deployment:
         totals.counts.update({name: int(summary[name]) for name in ("ticks", "missed", "held", "clamped", "failures")})
         row = {"seed": run.seed, "steps": run.steps, "success": state.success_once, "twin_late": state.late_ticks}
         self.rows.append({**row, "clamps": dict(run.clamps), **summary})
-        if run.frames:
+        video = f"videos/episode_{run.seed}.mp4" if run.frames else ""
+        if video:
             frames = torch.from_numpy(np.stack(run.frames))
-            write_video(self.out / "videos" / f"episode_{run.seed}.mp4", frames, 0.5 * self._arm.spec.rate_hz)
+            write_video(self.out / video, frames, 0.5 * self._arm.spec.rate_hz)
         if not self.stopped:  # an episode that was cut off says nothing of the policy
-            self.episodes.append(_as_episode(state, run, instruction))
+            latency_ms = 1000 * float(np.mean(report.latency_s)) if report.latency_s else 0.0
+            episode = _as_episode(state, run, instruction)
+            self.episodes.append(replace(episode, video=video, latency_ms=latency_ms))
         print(_line(self.rows[-1]), flush=True)
 
     # --------------------------------------------------------------------------------------------------------- results
@@ -264,7 +269,11 @@ class Deployment:
         if self.episodes:
             config = {"policy": self.scene.label, **self.scene.protocol, "robot": self.config.robot}
             config |= {"chunks": self.config.mode, "execution_horizon": self.scene.execution_horizon}
-            result = EvalResult(tuple(self.episodes), config, wall_s)
+            rate = self._arm.spec.rate_hz
+            config |= {"control_hz": rate}
+            cycles = [e.length / rate for e in self.episodes if e.success_once]
+            timing = Timing.of([1000 * s for s in totals.latency_s], [], cycles, wall_s)
+            result = EvalResult(tuple(self.episodes), config, wall_s, timing)
             result.save(self.out)
         values = {
             "config": asdict(self.config),
@@ -290,7 +299,7 @@ class Deployment:
 
 
 def deploy(scene: TabletopScene, policy: Path | None, out: Path, config: DeployConfig) -> EvalResult:
-    """Run the episodes and write `eval.json`, `episodes.jsonl`, `deploy.json` and videos into `out`. Raises as
+    """Run the episodes and write `eval.json`, `episodes.parquet`, `deploy.json` and videos into `out`. Raises as
     `Deployment`."""
     with Deployment(scene, policy, out, config) as deployment:
         return deployment.run()
@@ -332,6 +341,8 @@ def _as_episode(state: EpisodeState, run: EpisodeRun, instruction: str) -> Episo
         length=run.steps,
         episode_return=float(state.success_once),
         terminated=state.success_once or state.failure,
+        initial_state=str(run.seed),
+        num_clamped=run.num_clamped,
     )
 
 

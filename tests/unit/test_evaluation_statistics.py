@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -10,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from vla_rl.evaluation.statistics import mcnemar_exact, paired_bootstrap, paired_rate_difference, wilson
+from vla_rl.evaluation.statistics import (
+    detection_power,
+    episodes_needed,
+    holm,
+    mcnemar_exact,
+    minimum_detectable_difference,
+    paired_bootstrap,
+    paired_rate_difference,
+    wilson,
+)
 
 
 # --------------------------------------------------------------------------------------------------------- Wilson
@@ -191,3 +201,100 @@ def test_paired_bootstrap_covers_the_truth():
 def test_paired_bootstrap_refuses_bad_input(first, second, match):
     with pytest.raises(ValueError, match=match):
         paired_bootstrap(first, second)
+
+
+# ------------------------------------------------------------------------------------------------ several tests at once
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.01, 0.02, 0.03, 0.04, 0.05]) == pytest.approx([0.05, 0.08, 0.09, 0.09, 0.09])  # R: p.adjust
+    assert holm([0.4, 0.9]) == [0.8, 0.9]
+    assert holm([0.7, 0.8, 0.9]) == [1.0, 1.0, 1.0]
+    assert holm([]) == []
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        holm([0.2, 1.5])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+@settings(deadline=None, max_examples=60)
+def test_holm_is_the_closed_test_of_bonferroni(p_values):
+    # Marcus, Peritz and Gabriel (1976): reject a hypothesis where every set that contains it is rejected.
+    sets = [s for size in range(1, len(p_values) + 1) for s in itertools.combinations(range(len(p_values)), size)]
+    for i, adjusted in enumerate(holm(p_values)):
+        closed = max(min(1.0, len(s) * min(p_values[j] for j in s)) for s in sets if i in s)
+        assert adjusted == pytest.approx(closed)
+
+
+def test_holm_keeps_the_level_of_the_family_where_single_tests_do_not():
+    rng = np.random.default_rng(7)
+    p = stats.norm.sf(rng.normal(size=(4000, 10)) + 2.5 * (np.arange(10) < 3))  # three real effects, seven none
+    false_single = np.mean((p[:, 3:] <= 0.05).any(axis=1))
+    false_holm = np.mean([min(holm(row.tolist())[3:]) <= 0.05 for row in p])
+    assert false_single > 0.25
+    assert false_holm <= 0.055
+
+
+# --------------------------------------------------------------------------------------------- planning a comparison
+@pytest.mark.parametrize(("base", "other", "needed"), [(0.6, 0.7, 356), (0.1, 0.2, 199), (0.5, 0.6, 388)])
+def test_unpaired_episodes_needed_equals_the_published_sizes(base, other, needed):
+    # n per group without continuity correction, 80% power at 5%: the standard table of Fleiss, Levin and Paik.
+    assert episodes_needed(other - base, base_rate=other if base > 0.5 else base, paired=False) == needed
+
+
+def test_paired_power_by_hand():
+    # Six episodes, all discordant, all for the better policy: p = 2/64, and with five p = 2/32 is not significant.
+    assert detection_power(6, 1.0, base_rate=0.0) == pytest.approx(1.0)
+    assert detection_power(5, 1.0, base_rate=0.0) == 0.0
+    assert detection_power(6, 0.5, discordance=0.5) == pytest.approx(0.5**6)  # each episode is discordant or not
+
+
+@pytest.mark.parametrize(("n", "base", "difference", "discordance"), [(60, 0.5, 0.3, None), (150, 0.4, 0.1, 0.15)])
+def test_paired_power_equals_a_simulation_of_the_test(n, base, difference, discordance):
+    other = base + difference
+    psi = base * (1 - other) + other * (1 - base) if discordance is None else discordance
+    only_second, only_first = (psi + difference) / 2, (psi - difference) / 2
+    counts = np.random.default_rng(8).multinomial(n, [only_first, only_second, 1 - psi], size=4000)
+    found = np.mean([b < c and mcnemar_exact(int(b), int(c)) <= 0.05 for b, c, _ in counts])
+    power = detection_power(n, difference, base_rate=base, discordance=discordance)
+    assert power == pytest.approx(found, abs=3 * math.sqrt(0.25 / 4000))
+
+
+def test_unpaired_power_equals_a_simulation_of_the_test():
+    n, p, q = 200, 0.5, 0.65
+    counts = np.random.default_rng(9).binomial(n, [p, q], size=(4000, 2))
+    pooled = counts.sum(axis=1) / (2 * n)
+    z = (counts[:, 1] - counts[:, 0]) / n / np.sqrt(2 * pooled * (1 - pooled) / n)
+    power = detection_power(n, q - p, base_rate=p, paired=False)
+    assert power == pytest.approx(np.mean(z > stats.norm.ppf(0.975)), abs=0.025)
+
+
+def test_minimum_detectable_difference_and_its_inverse():
+    for n in (60, 256):
+        for discordance in (None, 0.2):
+            difference = minimum_detectable_difference(n, discordance=discordance)
+            assert difference is not None
+            assert detection_power(n, difference, discordance=discordance) == pytest.approx(0.8, abs=1e-3)
+            assert abs(episodes_needed(difference, discordance=discordance) - n) <= 3  # the exact test moves in steps
+    # pairing and similar policies both make a difference easier to see
+    assert minimum_detectable_difference(256, discordance=0.1) < minimum_detectable_difference(256)
+    assert minimum_detectable_difference(256) == pytest.approx(0.1266, abs=5e-4)
+    assert minimum_detectable_difference(256, paired=False) == pytest.approx(0.1226, abs=5e-4)
+    assert minimum_detectable_difference(5) is None
+    # a loss from .9 and a gain from .1 are the same thing
+    assert minimum_detectable_difference(100, base_rate=0.9) == minimum_detectable_difference(100, base_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: detection_power(0, 0.1), "n must"),
+        (lambda: detection_power(50, 0.6), "expected"),
+        (lambda: detection_power(50, 0.1, base_rate=1.2), "base_rate"),
+        (lambda: detection_power(50, 0.1, discordance=1.2), "discordance"),
+        (lambda: detection_power(50, 0.1, discordance=0.2, paired=False), "discordance"),
+        (lambda: minimum_detectable_difference(50, power=1.0), "power"),
+        (lambda: episodes_needed(1e-4), "more than"),
+    ],
+)
+def test_planning_refuses_what_cannot_be_meant(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()

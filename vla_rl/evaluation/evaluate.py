@@ -13,7 +13,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_rl.core import ChunkStep, Observation
-from vla_rl.evaluation.result import Episode, EvalResult
+from vla_rl.evaluation.result import Episode, EvalResult, Timing
 from vla_rl.progress import Progress
 from vla_rl.protocols import ChunkedVectorEnv, Policy, chunk_shape
 from vla_rl.rollout.recorder import EpisodeRecorder
@@ -40,6 +41,49 @@ class _Slot:
     length: int = 0
     episode_return: float = 0.0
     success_once: bool = False
+    policy_ms: list[float] = field(default_factory=list)
+    env_ms: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An episode that is over: the `index`-th of the declared ones.
+
+    `episode` is None where its simulator died. `policy_ms`, `env_ms`: wall time of the policy's call and of the
+    environments' chunk behind each of its decisions. `measured`: what the environment says of itself, for the
+    configuration of the result.
+    """
+
+    index: int
+    seed: int
+    episode: Episode | None
+    policy_ms: tuple[float, ...]
+    env_ms: tuple[float, ...]
+    measured: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Progression:
+    """Which of the declared episodes to run, and who hears of them.
+
+    `todo`: indices, None for all; an episode is the same whatever else is run. `on_finish`: called after each episode,
+    in the order in which they end; True ends the evaluation there. `line`: a progress line on stderr.
+    """
+
+    todo: Sequence[int] | None = None
+    on_finish: Callable[[Finished], bool] | None = None
+    line: bool = True
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the rows of a result say beside what happened. `task`: default is the environment's name. `initial_state`:
+    of a seed. `folder`: videos are named by their path from it."""
+
+    task: str | None = None
+    condition: str = ""
+    initial_state: Callable[[int], str] = str
+    folder: Path | None = None
 
 
 _Act = Callable[[Observation, Mapping[int, _Slot]], Tensor]

@@ -1,4 +1,8 @@
-"""What an evaluation found: one row an episode, rates with their intervals, and the files that keep them."""
+"""What an evaluation found: one row an episode, rates with their intervals, and the files that keep them.
+
+`episodes.parquet` has a row an episode and a column a field of `Episode`; `eval.json` has what follows from them, with
+the configuration that decided them.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from vla_rl.evaluation.statistics import Rate, wilson
 
 SUMMARY_FILE = "eval.json"
-EPISODES_FILE = "episodes.jsonl"
+EPISODES_FILE = "episodes.parquet"
+SCHEMA_VERSION = 2  # of eval.json and the columns; 1 was before conditions, and had its episodes in JSON
 CRITERIA = ("success_once", "success_at_end")
 
 
@@ -21,7 +30,12 @@ class Episode:
     """One evaluated episode.
 
     `success_once`: the task's predicate held at some step; `success_at_end`: at the last one. `length`: control steps.
-    `episode_return`: undiscounted sum of rewards. `terminated`: False where the time limit cut it off.
+    `episode_return`: undiscounted sum of rewards. `terminated`: False where the time limit cut it off. `condition`: ""
+    where nothing is changed, else "AXIS@LEVEL" or several joined by "+". `initial_state`: number of the initial state
+    where a benchmark has some, else the seed. `stage`: the furthest stage of the task that was reached, "" where the
+    environment has none. `num_clamped`: control steps in which a safety filter changed the action. `latency_ms`: mean
+    wall time of the policy's answers, the one column that a clock decides: it does not count when episodes are
+    compared. `video`: path from the folder of the result, "" without one.
     """
 
     task: str
@@ -32,11 +46,21 @@ class Episode:
     length: int
     episode_return: float
     terminated: bool
+    condition: str = ""
+    initial_state: str = ""
+    stage: str = ""
+    num_clamped: int = 0
+    latency_ms: float = field(default=0.0, compare=False)
+    video: str = ""
 
     @property
-    def key(self) -> tuple[str, int]:
-        """What two evaluations of the same episode share."""
-        return (self.task, self.seed)
+    def key(self) -> tuple[str, str, int]:
+        """(task, condition, seed): what two evaluations of the same episode share."""
+        return (self.task, self.condition, self.seed)
+
+
+_COLUMN_TYPES = {"str": pa.string(), "int": pa.int64(), "bool": pa.bool_(), "float": pa.float64()}
+_SCHEMA = pa.schema([pa.field(f.name, _COLUMN_TYPES[str(f.type)], nullable=False) for f in fields(Episode)])
 
 
 @dataclass(frozen=True)
@@ -68,15 +92,52 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class EvalResult:
-    """Episodes in the order of their seeds, and `config`: plain values that decide what was measured.
+class Timing:
+    """What a clock said. Percentiles are {"p50", "p95", "p99", "max"}.
 
-    `wall_s` is not part of the comparison of two results: it is the only thing that depends on the machine.
+    `policy_ms`: wall time of the policy's call behind each decision, of all rows in its batch. `env_ms`: wall time of
+    the environments' chunk behind each decision. `decisions_per_s`: decisions by the wall time of the evaluation.
+    `cycle_time_s`: length of the successful episodes by the control rate, simulated seconds in a simulator; None
+    without a success.
+    """
+
+    num_decisions: int
+    policy_ms: Mapping[str, float]
+    env_ms: Mapping[str, float]
+    decisions_per_s: float
+    cycle_time_s: Mapping[str, float] | None
+
+    @staticmethod
+    def of(
+        policy_ms: Sequence[float], env_ms: Sequence[float], cycle_times_s: Sequence[float], wall_s: float
+    ) -> Timing:
+        """From one number a decision, and one a successful episode."""
+        return Timing(
+            num_decisions=len(policy_ms),
+            policy_ms=_percentiles(policy_ms),
+            env_ms=_percentiles(env_ms),
+            decisions_per_s=round(len(policy_ms) / wall_s, 3) if wall_s > 0 else 0.0,
+            cycle_time_s=_percentiles(cycle_times_s) if len(cycle_times_s) else None,
+        )
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    numbers = np.percentile(values, [50, 95, 99, 100]) if len(values) else np.zeros(4)
+    return {name: round(float(x), 4) for name, x in zip(("p50", "p95", "p99", "max"), numbers, strict=True)}
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Episodes in their declared order, and `config`: plain values that decide what was measured.
+
+    `config["suite"]`, where there is one: {"name", "version", "hash", "protocol"}. `wall_s` and `timing` depend on the
+    machine, and are not part of the comparison of two results. `timing` is None for results that were merged.
     """
 
     episodes: tuple[Episode, ...]
     config: Mapping[str, Any]
     wall_s: float = field(default=0.0, compare=False)
+    timing: Timing | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.episodes:
@@ -101,10 +162,18 @@ class EvalResult:
     @property
     def per_task(self) -> dict[str, Summary]:
         """Task name -> summary, in order of first appearance."""
+        return self._by("task")
+
+    @property
+    def per_condition(self) -> dict[str, Summary]:
+        """Condition ("" is the nominal one) -> summary, in order of first appearance."""
+        return self._by("condition")
+
+    def _by(self, column: str) -> dict[str, Summary]:
         groups: dict[str, list[Episode]] = {}
         for episode in self.episodes:
-            groups.setdefault(episode.task, []).append(episode)
-        return {task: Summary.of(group) for task, group in groups.items()}
+            groups.setdefault(getattr(episode, column), []).append(episode)
+        return {name: Summary.of(group) for name, group in groups.items()}
 
     def rate(self, criterion: str = "success_once") -> Rate:
         """The overall rate by `criterion`, one of `CRITERIA`."""
@@ -113,19 +182,26 @@ class EvalResult:
         return getattr(self.summary, criterion)
 
     def save(self, directory: str | Path) -> Path:
-        """Write `episodes.jsonl`, then `eval.json` (so the summary implies the episodes), into `directory`."""
+        """Write `episodes.parquet`, then `eval.json` (so the summary implies the episodes), into `directory`."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = "".join(json.dumps(asdict(episode), ensure_ascii=False) + "\n" for episode in self.episodes)
-        _write_atomically(folder / EPISODES_FILE, rows)
+        table = pa.Table.from_pylist([asdict(episode) for episode in self.episodes], schema=_SCHEMA)
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, compression="zstd")
+        _write_atomically(folder / EPISODES_FILE, buffer.getvalue().to_pybytes())
         summary = {
+            "schema_version": SCHEMA_VERSION,
             "n": len(self.episodes),
             **self.summary.as_dict(),
+            "suite": self.config.get("suite"),
             "per_task": {task: part.as_dict() for task, part in self.per_task.items()},
+            "per_condition": {name: part.as_dict() for name, part in self.per_condition.items()},
+            "timing": None if self.timing is None else asdict(self.timing),
             "config": dict(self.config),
             "wall_s": round(self.wall_s, 3),
         }
-        _write_atomically(folder / SUMMARY_FILE, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+        _write_atomically(folder / SUMMARY_FILE, text.encode())
         return folder
 
     @staticmethod
@@ -135,15 +211,22 @@ class EvalResult:
         for name in (SUMMARY_FILE, EPISODES_FILE):
             if not (folder / name).exists():
                 raise FileNotFoundError(f"{folder} holds no {name}; expected the folder that an evaluation wrote")
-        summary = _parse(folder / SUMMARY_FILE, (folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-        lines = (folder / EPISODES_FILE).read_text(encoding="utf-8").splitlines()
-        episodes = tuple(_episode(folder / EPISODES_FILE, line) for line in lines)
+        summary = _parse(folder / SUMMARY_FILE)
+        if summary.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"{folder / SUMMARY_FILE} has schema version {summary.get('schema_version')}, this program reads "
+                f"{SCHEMA_VERSION}; evaluate again"
+            )
+        episodes = _read_episodes(folder / EPISODES_FILE)
         if summary.get("n") != len(episodes):
             raise ValueError(
                 f"{folder}: {SUMMARY_FILE} tells of {summary.get('n')} episodes, {EPISODES_FILE} has {len(episodes)}; "
                 "evaluate again"
             )
-        return EvalResult(episodes, summary["config"], float(summary["wall_s"]))
+        timing = summary.get("timing")
+        return EvalResult(
+            episodes, summary["config"], float(summary["wall_s"]), None if timing is None else Timing(**timing)
+        )
 
     @staticmethod
     def merge(results: Sequence[EvalResult]) -> EvalResult:
@@ -178,28 +261,32 @@ def _interval(rate: Rate) -> str:
     return f"{rate.rate:.3f} [{rate.low:.3f}, {rate.high:.3f}]"
 
 
-def _episode(file: Path, line: str) -> Episode:
-    row = _parse(file, line)
-    expected = {f.name for f in fields(Episode)}
-    if set(row) != expected:
-        raise ValueError(f"{file}: an episode must have the fields {sorted(expected)}, got {sorted(row)}")
-    return Episode(**row)
-
-
-def _parse(file: Path, text: str) -> dict[str, Any]:
+def _read_episodes(file: Path) -> tuple[Episode, ...]:
     try:
-        value = json.loads(text)
+        table = pq.read_table(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is damaged ({error}); evaluate again") from error
+    if not table.schema.equals(_SCHEMA):
+        found = ", ".join(f"{column.name} {column.type}" for column in table.schema)
+        wanted = ", ".join(f"{column.name} {column.type}" for column in _SCHEMA)
+        raise ValueError(f"{file}: an episode must have the columns {wanted}; got {found}")
+    return tuple(Episode(**row) for row in table.to_pylist())
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}); evaluate again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file}: expected JSON objects, got {text[:60]!r}; evaluate again")
+        raise ValueError(f"{file}: expected a JSON object, got {str(value)[:60]!r}; evaluate again")
     return value
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def _write_atomically(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -2,7 +2,10 @@
 
 Sources: Wilson (1927) for one rate; McNemar (1947) in its exact binomial form for two policies on the same episodes;
 Newcombe (1998, Statistics in Medicine 17:2635, method 10) for the difference of two paired rates; Efron's percentile
-bootstrap over pairs for the difference of two means.
+bootstrap over pairs for the difference of two means; Holm (1979) for several tests at once. What a planned number of
+episodes can tell apart comes from the power of the very test that is used: exact McNemar for paired episodes, the
+two-sided z test of two independent rates (Fleiss, Levin and Paik, Statistical Methods for Rates and Proportions, ch. 4,
+without continuity correction) for unpaired ones.
 """
 
 from __future__ import annotations
@@ -147,6 +150,169 @@ def paired_bootstrap(
         means[start : start + rows] = difference[rng.integers(0, x.size, size=(rows, x.size))].mean(axis=1)
     low, high = np.quantile(means, [tail, 1 - tail])
     return Difference(float(difference.mean()), float(low), float(high), confidence)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment, in the order given: those at most alpha are significant together.
+
+    The chance of one false finding or more among all tests is then at most alpha, whatever their dependence.
+    Raises ValueError for a p-value outside [0, 1].
+    """
+    if not all(0.0 <= p <= 1.0 for p in p_values):
+        raise ValueError(f"holm: p-values must lie in [0, 1], got {[p for p in p_values if not 0.0 <= p <= 1.0][:5]}")
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+# ----------------------------------------------------------------------------------------------- planning a comparison
+def detection_power(
+    n: int,
+    difference: float,
+    *,
+    base_rate: float = 0.5,
+    discordance: float | None = None,
+    paired: bool = True,
+    confidence: float = 0.95,
+) -> float:
+    """Chance that a comparison of two policies on `n` episodes (each) finds a true `difference` with its right sign.
+
+    One rate is `base_rate`, the other lies `difference` from it towards 1/2, which is the harder direction to see.
+    `discordance`: fraction of paired episodes that only one of the two solves; it is `difference` at least. None: what
+    independent outcomes give, the most that shared initial states leave; similar policies have less, and need fewer
+    episodes. With `paired=False` the episodes are of different initial states.
+
+    Raises ValueError for n < 1, a rate outside [0, 1], or a difference that leaves no such other rate.
+    """
+    p, room = _room(base_rate)
+    if n < 1:
+        raise ValueError(f"detection_power: n must be at least 1, got {n}")
+    if not 0 < difference <= room + 1e-12:
+        raise ValueError(f"a difference of {difference} from a rate of {base_rate}: expected (0, {room}]")
+    alpha = 1 - _checked(confidence)
+    q = min(1.0, p + difference)
+    if not paired:
+        if discordance is not None:
+            raise ValueError("discordance is of paired episodes; leave it out where paired=False")
+        return _unpaired_power(n, p, q, confidence)
+    if discordance is None:
+        discordance = p * (1 - q) + q * (1 - p)
+    elif not 0 <= discordance <= 1:
+        raise ValueError(f"discordance must lie in [0, 1], got {discordance}")
+    return _mcnemar_power(n, difference, max(discordance, difference), alpha)
+
+
+def minimum_detectable_difference(
+    n: int,
+    *,
+    base_rate: float = 0.5,
+    discordance: float | None = None,
+    paired: bool = True,
+    power: float = 0.8,
+    confidence: float = 0.95,
+) -> float | None:
+    """The smallest true difference of two success rates that `n` episodes (each) find with probability `power`.
+
+    Arguments and errors as those of `detection_power`. None where so few episodes find no difference at all.
+    """
+    _check_power(power)
+    room = _room(base_rate)[1]
+
+    def found(difference: float) -> bool:
+        given = detection_power(
+            n, difference, base_rate=base_rate, discordance=discordance, paired=paired, confidence=confidence
+        )
+        return given >= power
+
+    if not found(room):
+        return None
+    low, high = 0.0, room
+    while high - low > 1e-5:
+        middle = (low + high) / 2
+        low, high = (low, middle) if found(middle) else (middle, high)
+    return high
+
+
+def episodes_needed(
+    difference: float,
+    *,
+    base_rate: float = 0.5,
+    discordance: float | None = None,
+    paired: bool = True,
+    power: float = 0.8,
+    confidence: float = 0.95,
+) -> int:
+    """The number of episodes (of each policy) with which a true `difference` is found with probability `power`.
+
+    The inverse of `minimum_detectable_difference`; arguments and errors as those of `detection_power`.
+    """
+    _check_power(power)
+
+    def found(n: int) -> bool:
+        given = detection_power(
+            n, difference, base_rate=base_rate, discordance=discordance, paired=paired, confidence=confidence
+        )
+        return given >= power
+
+    high = 1
+    while not found(high):
+        if high >= _MOST_EPISODES:
+            raise ValueError(f"a difference of {difference} needs more than {_MOST_EPISODES} episodes")
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if found(middle) else (middle, high)
+    return high
+
+
+_MOST_EPISODES = 2**20
+
+
+def _mcnemar_power(n: int, difference: float, discordance: float, alpha: float) -> float:
+    """Over the number of discordant pairs, the chance that the exact test rejects in favour of the better policy."""
+    better = min(1.0, 0.5 * (1.0 + difference / discordance))
+    spread = 7.0 * math.sqrt(n * discordance * (1.0 - discordance)) + 1.0  # beyond it lie less than 1e-11
+    first, last = max(0, int(n * discordance - spread)), min(n, math.ceil(n * discordance + spread))
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    weights = _binomial(n, np.arange(first, last + 1), discordance, log_factorial)
+    total = 0.0
+    for pairs, weight in zip(range(first, last + 1), weights.tolist(), strict=True):
+        losses = np.arange(pairs // 2 + 1)  # pairs that the worse policy wins
+        rejected = 2.0 * np.cumsum(_binomial(pairs, losses, 0.5, log_factorial)) <= alpha
+        total += weight * float(_binomial(pairs, losses[rejected], 1.0 - better, log_factorial).sum())
+    return min(1.0, total)
+
+
+def _binomial(n: int, k: np.ndarray, p: float, log_factorial: np.ndarray) -> np.ndarray:
+    """Probabilities of `k` successes of `n`."""
+    if p in (0.0, 1.0):
+        return (k == n * p).astype(np.float64)
+    ways = log_factorial[n] - log_factorial[k] - log_factorial[n - k]
+    return np.exp(ways + k * math.log(p) + (n - k) * math.log1p(-p))
+
+
+def _unpaired_power(n: int, p: float, q: float, confidence: float) -> float:
+    pooled, own = (p + q) / 2, p * (1 - p) + q * (1 - q)
+    distance = (q - p) * math.sqrt(n) - _normal_quantile(confidence) * math.sqrt(2 * pooled * (1 - pooled))
+    if own == 0:
+        return float(distance > 0)
+    return NormalDist().cdf(distance / math.sqrt(own))
+
+
+def _room(base_rate: float) -> tuple[float, float]:
+    """The base rate mirrored to at most 1/2, and how far above it the other rate can lie."""
+    if not 0 <= base_rate <= 1:
+        raise ValueError(f"base_rate must lie in [0, 1], got {base_rate}")
+    p = min(base_rate, 1 - base_rate)
+    return p, 1 - p
+
+
+def _check_power(power: float) -> None:
+    if not 0 < power < 1:
+        raise ValueError(f"power must lie in (0, 1), got {power}; 0.8 is customary")
 
 
 def _paired_correlation(both: int, only_first: int, only_second: int, neither: int) -> float:
