@@ -124,6 +124,7 @@ class RobotStepEnv:
             raise ValueError("RobotParts: give state_of and state_names, or neither")
         self.parts, self.config = parts, config
         self.num_late = 0
+        self._num_clamped, self._clamped = 0, False
         self._period = 1.0 / config.control_hz
         self._due = -np.inf
         self._target: Command | None = None
@@ -159,6 +160,7 @@ class RobotStepEnv:
         if self.parts.confirm is not None:
             self.parts.confirm(f"{config.name}: put the scene back for: {config.instruction}")
         self._executed = []
+        self._num_clamped = 0
         self._due = -np.inf
         self._shown = self._look()
 
@@ -218,6 +220,10 @@ class RobotStepEnv:
         if errors:
             raise errors[0]
 
+    def clamped_steps(self) -> list[int]:
+        """[1], control steps of the running episode in which the safety filter changed the command."""
+        return [self._num_clamped]
+
     # -------------------------------------------------------------------------------------------------- interventions
     def taken(self, proposals: Tensor) -> Taken:
         """What was executed since the last call (or reset) in place of `proposals` [1, K, A], and whose it was: the
@@ -262,7 +268,9 @@ class RobotStepEnv:
                 low, high = np.array(self.spec.action.low), np.array(self.spec.action.high)
                 action = np.clip(action, low, high)
         self._executed.append((action, who))
+        self._clamped = False
         self._send_along(self.parts.mapping.target(action, standing), now)
+        self._num_clamped += self._clamped
 
     def _send_along(self, target: Command, now: float) -> None:
         """`target` within this step, at the rate at which the arm wants commands, in a straight line."""
@@ -290,6 +298,7 @@ class RobotStepEnv:
         if applied.command is None or applied.stop_reason:
             why = applied.stop_reason or f"nothing may be sent in mode {applied.mode.value}"
             raise HardwareError(f"the arm was stopped: {why}")
+        self._clamped |= bool(applied.clamps)
         self._target = applied.command
 
     def _follow(self, control: Control) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from tests.unit import openvla_public, tiny_checkpoints
 from vla_rl.cli import main
+from vla_rl.evaluation.result import EvalResult
 from vla_rl.policies.checkpoints.load_any import layout_of, load_any
 
 ENV = ["--env.image-size", "32", "--env.num-threads", "1"]
@@ -88,7 +89,7 @@ def test_a_public_checkpoint_goes_through_all_commands(name, demos, tmp_path, ca
     assert main(["checkpoint", "convert", f"{rl}/policy", back, "--layout", layout]) == 0, capsys.readouterr().err
     command = ["eval", "--policy", back, "--recipe", recipe, "--out", str(tmp_path / "eval")]
     assert main([*command, *ENV, *EVAL]) == 0, capsys.readouterr().err
-    assert len((tmp_path / "eval" / "episodes.jsonl").read_text().splitlines()) == 2
+    assert len(EvalResult.load(tmp_path / "eval").episodes) == 2
     ours, theirs = load_any(tmp_path / "rl" / "policy"), load_any(back)
     assert ours.config.action_dim == theirs.config.action_dim == ACTION_DIM
     assert ours.config.state_dim == STATE_DIM

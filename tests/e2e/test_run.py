@@ -17,6 +17,7 @@ from vla_rl.cli import COMMANDS, main
 from vla_rl.configs import RECIPES, get_recipe
 from vla_rl.data.lerobot_format import DatasetSpec
 from vla_rl.data.lerobot_writer import LeRobotWriter
+from vla_rl.evaluation.result import EvalResult
 from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
 from vla_rl.policies.checkpoints.native import load_policy
 from vla_rl.train.offpolicy import OffPolicyConfig
@@ -85,8 +86,8 @@ def test_a_run_killed_at_any_moment_ends_as_an_uninterrupted_one(tmp_path, killa
         assert metrics_of(run_dir / stage) == metrics_of(uninterrupted / stage)
     assert metrics_of(run_dir / "rl")[-1]["update/actor_steps"] > 0
     for who in ("sft", "rl", "expert"):
-        file = f"evaluation/{who}/episodes.jsonl"
-        assert (run_dir / file).read_text() == (uninterrupted / file).read_text()
+        folder = f"evaluation/{who}"
+        assert EvalResult.load(run_dir / folder).episodes == EvalResult.load(uninterrupted / folder).episodes
 
 
 def test_a_run_leaves_what_is_needed_to_repeat_and_to_judge_it(uninterrupted):
@@ -174,8 +175,8 @@ def test_stages_by_hand_and_evaluation_of_a_run(tmp_path, uninterrupted, monkeyp
     assert (
         main(["eval", "--policy", f"{rl}/policy", "--out", str(tmp_path / "eval"), "--evaluation.num-envs", "3"]) == 0
     )
-    theirs = (uninterrupted / "evaluation" / "rl" / "episodes.jsonl").read_text()
-    assert (tmp_path / "eval" / "episodes.jsonl").read_text() == theirs  # whatever the number of environments
+    theirs = EvalResult.load(uninterrupted / "evaluation" / "rl").episodes
+    assert EvalResult.load(tmp_path / "eval").episodes == theirs  # whatever the number of environments
     capsys.readouterr()
     assert main(["compare", str(uninterrupted / "evaluation" / "sft"), str(tmp_path / "eval"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["overall"]["first"]["n"] == 4

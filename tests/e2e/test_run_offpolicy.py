@@ -12,6 +12,7 @@ import torch
 from tests.unit.killable import Killable
 from vla_rl.cli import main
 from vla_rl.configs import RECIPES, get_recipe
+from vla_rl.evaluation.result import EvalResult
 from vla_rl.policies.checkpoints.native import load_policy
 from vla_rl.train.pipeline import run_pipeline
 from vla_rl.train.recipe import Recipe
@@ -86,8 +87,8 @@ def test_a_run_killed_in_either_stage_ends_as_an_uninterrupted_one(tmp_path, kil
     assert killable.wait() == 0, killable.output()
     assert_same_run(run_dir / "rl", uninterrupted / "rl")
     for who in ("start", "offline", "rl", "expert"):
-        file = f"evaluation/{who}/episodes.jsonl"
-        assert (run_dir / file).read_text() == (uninterrupted / file).read_text()
+        folder = f"evaluation/{who}"
+        assert EvalResult.load(run_dir / folder).episodes == EvalResult.load(uninterrupted / folder).episodes
 
 
 def test_a_run_leaves_what_is_needed_to_judge_it(uninterrupted):

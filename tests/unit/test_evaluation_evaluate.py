@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
 import sys
+import time
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
@@ -15,8 +18,8 @@ from torch import nn
 from vla_rl.core import ActionChunk, ActionSpec, CameraSpec, EnvSpec, Observation
 from vla_rl.envs.tabletop import make_tabletop
 from vla_rl.envs.vector import ChunkedEnv
-from vla_rl.evaluation.evaluate import evaluate, evaluate_controller, policy_noise
-from vla_rl.evaluation.result import EPISODES_FILE, SUMMARY_FILE, Episode, EvalResult
+from vla_rl.evaluation.evaluate import Labels, evaluate, evaluate_controller, policy_noise
+from vla_rl.evaluation.result import EPISODES_FILE, SCHEMA_VERSION, SUMMARY_FILE, Episode, EvalResult
 from vla_rl.evaluation.video import read_video
 from vla_rl.policies.tiny import TinyVLA, TinyVLAConfig
 from vla_rl.protocols import StepOutcome
@@ -139,7 +142,7 @@ def one_episode_at_a_time(seed: int, noise_seed: int = 0, batch: int = 8, row: i
         decision += 1
         if bool(step.ended[0]):
             at_end, terminated = bool(step.success_at_end[0]), bool(step.terminated[0])
-            return Episode("point", seed, instruction, once, at_end, length, total, terminated)
+            return Episode("point", seed, instruction, once, at_end, length, total, terminated, initial_state=str(seed))
         obs = step.obs
 
 
@@ -309,22 +312,87 @@ def test_a_result_survives_the_disk(tmp_path):
     assert summary["n"] == 40
     assert summary["config"]["checkpoint"] == "sft"
     assert summary["success_once"]["low"] < summary["success_once"]["success_rate"] < summary["success_once"]["high"]
-    assert len((tmp_path / EPISODES_FILE).read_text().splitlines()) == 40
+    assert (summary["schema_version"], summary["suite"]) == (SCHEMA_VERSION, None)
+    table = pq.read_table(tmp_path / EPISODES_FILE)
+    assert table.column_names == [f.name for f in dataclasses.fields(Episode)]
+    assert table["seed"].to_pylist() == list(range(100, 140))
+    assert loaded.timing == result.timing
+
+
+def test_the_clock_is_read_and_decides_nothing(tmp_path):
+    class Slow(MLPPolicy):
+        def act(self, obs, noise):
+            time.sleep(0.004)
+            return super().act(obs, noise)
+
+    slow = run(policy=Slow())
+    assert slow == run()
+    timing = slow.timing
+    assert timing.num_decisions == sum(math.ceil(e.length / 3) for e in slow.episodes)
+    assert 4 < timing.policy_ms["p50"] <= timing.policy_ms["p95"] <= timing.policy_ms["p99"] <= timing.policy_ms["max"]
+    assert 0 < timing.env_ms["p50"]
+    assert 0 < timing.decisions_per_s < 8 / 0.004
+    assert all(e.latency_ms > 4 for e in slow.episodes)
+    successes = [e.length / 10 for e in slow.episodes if e.success_once]
+    assert timing.cycle_time_s["p50"] == pytest.approx(np.median(successes))
+    assert timing.cycle_time_s["max"] == max(successes)
+    slow.save(tmp_path)
+    assert json.loads((tmp_path / SUMMARY_FILE).read_text())["timing"]["num_decisions"] == timing.num_decisions
+    assert run(seeds=[101], policy=MLPPolicy(gain=0)).timing.cycle_time_s is None
+
+
+def test_part_of_the_episodes_is_the_same_part():
+    heard = []
+    result = run(todo=[3, 17, 30], on_finish=lambda one: bool(heard.append(one)))
+    assert result.episodes == tuple(run().episodes[i] for i in (3, 17, 30))
+    assert {one.index: one.episode for one in heard} == dict(zip((3, 17, 30), result.episodes, strict=True))
+    with pytest.raises(ValueError, match="todo must name some of the 40"):
+        run(todo=[40])
+    ended = []
+    run(on_finish=lambda one: ended.append(one) or len(ended) == 5)
+    assert len(ended) == 5
+
+
+def test_labels_stages_and_clamps_are_columns():
+    class Staged(PointEnv):
+        stage_names = ("near", "touched")
+
+        def furthest_stage(self):
+            distance = (self.position - self.goal).norm(dim=1)
+            return [1 if d < 0.12 else 0 if d < 0.5 else -1 for d in distance.tolist()]
+
+        def clamped_steps(self):
+            return self.clock.tolist()
+
+    labels = Labels(condition="light@2", initial_state=lambda seed: str(seed % 7))
+    result = run(env=lambda n: ChunkedEnv(Staged(n), auto_reset=False), labels=labels)
+    assert list(result.per_condition) == ["light@2"]
+    assert result.episodes[0].key == ("point", "light@2", 100)
+    assert [e.initial_state for e in result.episodes] == [str(seed % 7) for seed in range(100, 140)]
+    assert {e.stage for e in result.episodes} == {"", "near", "touched"}
+    assert all((e.stage == "touched") == e.success_once for e in result.episodes)
+    assert [e.num_clamped for e in result.episodes] == [e.length for e in result.episodes]
 
 
 def test_damaged_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=SUMMARY_FILE):
         EvalResult.load(tmp_path)
-    run(seeds=range(6)).save(tmp_path)
-    lines = (tmp_path / EPISODES_FILE).read_text().splitlines()
-    (tmp_path / EPISODES_FILE).write_text("\n".join(lines[:-1]) + "\n")
+    result = run(seeds=range(6))
+    result.save(tmp_path)
+    whole = (tmp_path / EPISODES_FILE).read_bytes()
+    table = pq.read_table(tmp_path / EPISODES_FILE)
+    pq.write_table(table.slice(0, 5), tmp_path / EPISODES_FILE)
     with pytest.raises(ValueError, match="tells of 6 episodes"):
         EvalResult.load(tmp_path)
-    (tmp_path / EPISODES_FILE).write_text("\n".join([*lines[:-1], lines[-1][:20]]))
+    (tmp_path / EPISODES_FILE).write_bytes(whole[:-20])
     with pytest.raises(ValueError, match="damaged"):
         EvalResult.load(tmp_path)
-    (tmp_path / EPISODES_FILE).write_text('{"seed": 1}\n')
-    with pytest.raises(ValueError, match="must have the fields"):
+    pq.write_table(table.drop_columns(["stage"]), tmp_path / EPISODES_FILE)
+    with pytest.raises(ValueError, match="must have the columns task string, seed int64"):
+        EvalResult.load(tmp_path)
+    summary = json.loads((tmp_path / SUMMARY_FILE).read_text())
+    (tmp_path / SUMMARY_FILE).write_text(json.dumps(summary | {"schema_version": 1}))
+    with pytest.raises(ValueError, match="schema version 1, this program reads 2"):
         EvalResult.load(tmp_path)
 
 
@@ -350,9 +418,11 @@ def test_chosen_episodes_are_filmed_and_only_they(tmp_path):
         envs.append(PointEnv(n))
         return ChunkedEnv(envs[-1], auto_reset=False, images=False)
 
-    recorder = EpisodeRecorder(tmp_path, seeds=[103, 131], control_hz=10)
-    filmed = run(env=env, record=recorder)
-    assert filmed == run()
+    recorder = EpisodeRecorder(tmp_path / "videos", seeds=[103, 131], control_hz=10)
+    filmed = run(env=env, record=recorder, labels=Labels(folder=tmp_path))
+    videos = {e.seed: e.video for e in filmed.episodes if e.video}
+    assert videos == {seed: f"videos/episode_{seed}.mp4" for seed in (103, 131)}
+    assert [dataclasses.replace(e, video="") for e in filmed.episodes] == list(run().episodes)
     lengths = {e.seed: e.length for e in filmed.episodes}
     assert envs[0].num_rendered == lengths[103] + lengths[131]
     assert set(recorder.recordings) == {103, 131}

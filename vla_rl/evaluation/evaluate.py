@@ -11,7 +11,7 @@ Three things could make a result depend on how many environments run side by sid
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,29 +63,16 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Progression:
-    """Which of the declared episodes to run, and who hears of them.
-
-    `todo`: indices, None for all; an episode is the same whatever else is run. `on_finish`: called after each episode,
-    in the order in which they end; True ends the evaluation there. `line`: a progress line on stderr.
-    """
-
-    todo: Sequence[int] | None = None
-    on_finish: Callable[[Finished], bool] | None = None
-    line: bool = True
-
-
-@dataclass(frozen=True)
 class Labels:
-    """What the rows of a result say beside what happened. `task`: default is the environment's name. `initial_state`:
-    of a seed. `folder`: videos are named by their path from it."""
+    """What the rows of a result say beside what happened. `initial_state`: that of a seed. `folder`: videos are named
+    by their path from it."""
 
-    task: str | None = None
     condition: str = ""
     initial_state: Callable[[int], str] = str
     folder: Path | None = None
 
 
+OnFinish = Callable[[Finished], bool]
 _Act = Callable[[Observation, Mapping[int, _Slot]], Tensor]
 
 
@@ -109,9 +96,12 @@ def evaluate(
     policy_batch_size: int = 32,
     noise_seed: int = 0,
     task: str | None = None,
+    labels: Labels | None = None,
     max_episode_steps: int | None = None,
     record: EpisodeRecorder | None = None,
     config: Mapping[str, Any] | None = None,
+    todo: Sequence[int] | None = None,
+    on_finish: OnFinish | None = None,
     progress: bool = True,
 ) -> EvalResult:
     """Run one episode for each of `episode_seeds` with the deployed policy and return them in that order.
@@ -120,12 +110,13 @@ def evaluate(
     `execution_horizon`: how many steps of each chunk are executed. `num_envs` changes the speed and never the result;
     `policy_batch_size` and `noise_seed` are part of the protocol. `task` names the rows (default: the environment's
     name). `max_episode_steps` is for environments without a time limit of their own; such an episode ends
-    with the chunk that reaches it. `config` is kept in the result.
+    with the chunk that reaches it. `config` is kept in the result. `todo`: indices of the seeds to run, None for all;
+    an episode is the same whatever else is run. `on_finish` hears of each episode as it ends; True ends the evaluation.
 
     An episode whose simulator died is left out, and `config["lost_seeds"]` names it; it is not run again.
 
     Raises ValueError for bad seeds, an execution horizon that the policy's chunks do not have, an environment that
-    resets itself, or one that could run forever.
+    resets itself, or one that could run forever, and RuntimeError where every episode was lost.
     """
     seeds = _checked_seeds(episode_seeds, noise_seed)
     if not 1 <= execution_horizon <= policy.action_horizon:
@@ -135,11 +126,12 @@ def evaluate(
         )
     if num_envs < 1 or policy_batch_size < 1:
         raise ValueError(f"evaluate: num_envs and policy_batch_size must be >= 1, got {num_envs}, {policy_batch_size}")
-    env = make_env(min(num_envs, len(seeds)))
+    pending = _checked_todo(todo, seeds)
+    env = make_env(min(num_envs, len(pending)))
     with _closing(env, record):
         _check_action_dim(env, policy)
         limit = _time_limit(env, max_episode_steps)
-        run = _Run(env, seeds, task or env.spec.name, limit, policy_batch_size)
+        run = _Run(env, seeds, pending, task or env.spec.name, limit, policy_batch_size, labels or Labels())
         caller = _PolicyCaller(policy, env.num_envs, execution_horizon, policy_batch_size, noise_seed)
         protocol = {
             "execution_horizon": execution_horizon,
@@ -147,7 +139,7 @@ def evaluate(
             "noise_seed": noise_seed,
         }
         with _evaluation_mode(policy):
-            return run.result(caller.act, record, progress, {**(config or {}), **protocol})
+            return run.result(caller.act, record, on_finish, progress, {**(config or {}), **protocol})
 
 
 def evaluate_controller(
@@ -157,9 +149,12 @@ def evaluate_controller(
     *,
     num_envs: int = 32,
     task: str | None = None,
+    labels: Labels | None = None,
     max_episode_steps: int | None = None,
     record: EpisodeRecorder | None = None,
     config: Mapping[str, Any] | None = None,
+    todo: Sequence[int] | None = None,
+    on_finish: OnFinish | None = None,
     progress: bool = True,
 ) -> EvalResult:
     """The same for whoever acts from the environment itself, such as a scripted expert: the upper end of a report.
@@ -170,12 +165,35 @@ def evaluate_controller(
     seeds = _checked_seeds(episode_seeds, noise_seed=0)
     if num_envs < 1:
         raise ValueError(f"evaluate_controller: num_envs must be >= 1, got {num_envs}")
-    env = make_env(min(num_envs, len(seeds)))
+    pending = _checked_todo(todo, seeds)
+    env = make_env(min(num_envs, len(pending)))
     with _closing(env, record):
         limit = _time_limit(env, max_episode_steps)
         controller = make_controller(env)
-        run = _Run(env, seeds, task or env.spec.name, limit, rows=1)
-        return run.result(lambda _obs, _slots: controller(), record, progress, config or {})
+        run = _Run(env, seeds, pending, task or env.spec.name, limit, 1, labels or Labels())
+
+        def act(_obs: Observation, slots: Mapping[int, _Slot]) -> Tensor:
+            start = time.perf_counter()
+            actions = controller()
+            _add_ms(slots.values(), start)
+            return actions
+
+        return run.result(act, record, on_finish, progress, config or {})
+
+
+def result_of(finished: Sequence[Finished], config: Mapping[str, Any], wall_s: float) -> EvalResult:
+    """The result of episodes that are over, in the order in which they are given. Raises RuntimeError where every one
+    of them was lost."""
+    there = [one for one in finished if one.episode is not None]
+    if not there:
+        raise RuntimeError("every episode was lost to a simulator that died; nothing was evaluated")
+    timing = Timing.of(
+        [ms for one in there for ms in one.policy_ms],
+        [ms for one in there for ms in one.env_ms],
+        [e.length / one.measured["control_hz"] for one in there if (e := one.episode) is not None and e.success_once],
+        wall_s,
+    )
+    return EvalResult(tuple(one.episode for one in there if one.episode is not None), config, wall_s, timing)
 
 
 class _PolicyCaller:
@@ -192,6 +210,7 @@ class _PolicyCaller:
         shape, returned = chunk_shape(self.policy), (self.policy.action_horizon, self.policy.action_dim)
         actions = torch.zeros(self.num_envs, self.execution_horizon, self.policy.action_dim, device=device)
         for rows in self._batches(slots):
+            start = time.perf_counter()
             filler = next(iter(rows.values()))
             source = torch.tensor([rows.get(r, filler) for r in range(self.batch_size)], device=device)
             noise = torch.zeros(self.batch_size, *shape)
@@ -204,6 +223,9 @@ class _PolicyCaller:
                 )
             for row, i in rows.items():
                 actions[i] = chunk[row, : self.execution_horizon].to(actions)
+            if chunk.device.type == "cuda":
+                torch.cuda.synchronize(chunk.device)  # or the clock would stop before the policy has answered
+            _add_ms([slots[i] for i in rows.values()], start)
         return actions
 
     def _batches(self, slots: Mapping[int, _Slot]) -> list[dict[int, int]]:
@@ -222,60 +244,72 @@ class _PolicyCaller:
 class _Run:
     """The state of one evaluation: which environment runs which episode, and what is still to do.
 
-    `rows`: how many rows the policy's batch has; episode i will sit in row i mod rows.
+    `pending`: indices of `seeds`. `rows`: how many rows the policy's batch has; episode i will sit in row i mod rows.
     """
 
     def __init__(
         self,
         env: ChunkedVectorEnv,
         seeds: Sequence[int],
+        pending: Sequence[int],
         task: str,
         limit: int,
         rows: int,
+        labels: Labels,
     ) -> None:
         self.env, self.seeds, self.task, self.limit, self.rows = env, seeds, task, limit, rows
-        self.pending = list(range(len(seeds)))
+        self.pending, self.labels = list(pending), labels
         self.slots: dict[int, _Slot] = {}
-        self.finished: dict[int, Episode] = {}
-        self.lost_seeds: list[int] = []
-
-    def result(
-        self, act: _Act, recorder: EpisodeRecorder | None, progress: bool, config: Mapping[str, Any]
-    ) -> EvalResult:
-        start = time.monotonic()
-        spec = self.env.spec
-        measured: dict[str, Any] = {
-            "task": self.task,
+        self.finished: list[Finished] = []
+        self.recorder: EpisodeRecorder | None = None
+        self._inner = getattr(env, "step_env", env)
+        spec = env.spec
+        self.measured = {
+            "task": task,
             "env": spec.name,
             "control_hz": spec.control_hz,
-            "max_episode_steps": self.limit,
+            "max_episode_steps": limit,
         }
-        line = Progress(len(self.seeds), f"evaluation of {self.task}", unit="ep") if progress else None
-        episodes = self._all_episodes(act, recorder, line)
-        if self.lost_seeds:
-            measured["lost_seeds"] = sorted(self.lost_seeds)
-        return EvalResult(episodes, {**config, **measured}, time.monotonic() - start)
 
-    def _all_episodes(
-        self, act: _Act, recorder: EpisodeRecorder | None, progress: Progress | None
-    ) -> tuple[Episode, ...]:
+    def result(
+        self,
+        act: _Act,
+        recorder: EpisodeRecorder | None,
+        on_finish: OnFinish | None,
+        progress: bool,
+        config: Mapping[str, Any],
+    ) -> EvalResult:
+        start = time.monotonic()
+        self.recorder = recorder
+        line = Progress(len(self.pending), f"evaluation of {self.task}", unit="ep") if progress else None
+        self._run(act, on_finish, line)
+        ordered = sorted(self.finished, key=lambda one: one.index)
+        settings = {**config, **self.measured}
+        if lost := [one.seed for one in ordered if one.episode is None]:
+            settings["lost_seeds"] = lost
+        return result_of(ordered, settings, time.monotonic() - start)
+
+    def _run(self, act: _Act, on_finish: OnFinish | None, progress: Progress | None) -> None:
+        recorder, told, successes = self.recorder, 0, 0
         obs = self._fill(range(self.env.num_envs))
         while self.slots:
             actions = act(obs, self.slots)
             wanted = [i for i, slot in self.slots.items() if recorder is not None and recorder.wants(slot.seed)]
+            start = time.perf_counter()
             step = self.env.step(actions, record=wanted)
+            _add_ms(self.slots.values(), start, of_env=True)
             if recorder is not None:
                 for i, frames in step.frames.items():
                     recorder.add(self.slots[i].seed, frames)
-            ended = self._account(step, recorder)
+            ended = self._account(step)
+            for one in self.finished[told:]:
+                successes += one.episode is not None and one.episode.success_once
+                if on_finish is not None and on_finish(one):
+                    return
+            told = len(self.finished)
             obs = self._fill(ended) if ended and self.pending else step.obs
             if progress is not None:
-                successes = sum(episode.success_once for episode in self.finished.values())
-                rate = successes / max(1, len(self.finished))
-                progress.update(len(self.finished), success=f"{rate:.2f}")
-        if not self.finished:
-            raise RuntimeError(f"{self.task}: every episode was lost to a simulator that died")
-        return tuple(self.finished[i] for i in sorted(self.finished))
+                progress.update(told, success=f"{successes / max(1, told):.2f}")
 
     def _fill(self, free: Sequence[int]) -> Observation:
         """Start pending episodes in the `free` environments; only one seeding call, so one observation."""
@@ -296,42 +330,88 @@ class _Run:
         best = min(range(len(self.pending)), key=lambda j: (crowd[self.pending[j] % self.rows], j))
         return self.pending.pop(best)
 
-    def _account(self, step: ChunkStep, recorder: EpisodeRecorder | None) -> list[int]:
+    def _account(self, step: ChunkStep) -> list[int]:
         """Add the chunk to the running episodes; returns the environments whose episode ended."""
         lengths = step.executed.sum(dim=1).tolist()
         returns = torch.where(step.executed, step.rewards.double(), 0.0).sum(dim=1).tolist()
-        success, at_end = step.success.tolist(), step.success_at_end.tolist()
-        terminated, ended, lost = step.terminated.tolist(), step.ended.tolist(), step.lost.tolist()
+        success, ended, lost = step.success.tolist(), step.ended.tolist(), step.lost.tolist()
         done: list[int] = []
-        for i, slot in list(self.slots.items()):
+        for i, slot in self.slots.items():
             if lost[i]:
-                self.lost_seeds.append(slot.seed)
-                del self.slots[i]  # its video is dropped at the end, as those of an interrupted evaluation
-                done.append(i)
+                done.append(i)  # its video is dropped at the end, as those of an interrupted evaluation
                 continue
             slot.decision += 1
             slot.length += lengths[i]
             slot.episode_return += returns[i]
             slot.success_once |= success[i]
-            if not ended[i] and slot.length < self.limit:
-                if not lengths[i]:
-                    raise RuntimeError(f"environment {i} executed nothing although episode {slot.seed} goes on")
-                continue
-            self.finished[slot.episode] = Episode(
-                task=self.task,
-                seed=slot.seed,
-                instruction=slot.instruction,
-                success_once=slot.success_once,
-                success_at_end=at_end[i],
-                length=slot.length,
-                episode_return=slot.episode_return,
-                terminated=terminated[i],
-            )
-            if recorder is not None:
-                recorder.finish(slot.seed, instruction=slot.instruction, success=slot.success_once)
-            del self.slots[i]
-            done.append(i)
+            if ended[i] or slot.length >= self.limit:
+                done.append(i)
+            elif not lengths[i]:
+                raise RuntimeError(f"environment {i} executed nothing although episode {slot.seed} goes on")
+        stages, clamped = self._furthest_stages(done), self._clamped_steps(done)
+        for i in done:
+            slot = self.slots.pop(i)
+            episode = None if lost[i] else self._episode(i, slot, step, stages[i], clamped[i])
+            times = tuple(slot.policy_ms), tuple(slot.env_ms)
+            self.finished.append(Finished(slot.episode, slot.seed, episode, *times, self.measured))
         return sorted(done)
+
+    def _episode(self, i: int, slot: _Slot, step: ChunkStep, stage: str, num_clamped: int) -> Episode:
+        return Episode(
+            task=self.task,
+            seed=slot.seed,
+            instruction=slot.instruction,
+            success_once=slot.success_once,
+            success_at_end=bool(step.success_at_end[i]),
+            length=slot.length,
+            episode_return=slot.episode_return,
+            terminated=bool(step.terminated[i]),
+            condition=self.labels.condition,
+            initial_state=self.labels.initial_state(slot.seed),
+            stage=stage,
+            num_clamped=num_clamped,
+            latency_ms=sum(slot.policy_ms) / len(slot.policy_ms),
+            video=self._video(slot),
+        )
+
+    def _video(self, slot: _Slot) -> str:
+        if self.recorder is None:
+            return ""
+        self.recorder.finish(slot.seed, instruction=slot.instruction, success=slot.success_once)
+        recording = self.recorder.recordings.get(slot.seed)
+        if recording is None:
+            return ""
+        folder = self.labels.folder
+        return (recording.path if folder is None else recording.path.relative_to(folder)).as_posix()
+
+    def _furthest_stages(self, ended: Sequence[int]) -> dict[int, str]:
+        """Name of the furthest stage that each of `ended` has reached, "" for none."""
+        names: Sequence[str] = getattr(self._inner, "stage_names", ())
+        if not names or not ended:
+            return dict.fromkeys(ended, "")
+        reached = self._inner.furthest_stage()
+        return {i: names[reached[i]] if reached[i] >= 0 else "" for i in ended}
+
+    def _clamped_steps(self, ended: Sequence[int]) -> dict[int, int]:
+        """Control steps of each of `ended` in which a safety filter changed the action."""
+        count = getattr(self._inner, "clamped_steps", None)
+        if count is None or not ended:
+            return dict.fromkeys(ended, 0)
+        steps = count()
+        return {i: int(steps[i]) for i in ended}
+
+
+def _add_ms(slots: Iterable[_Slot], start: float, *, of_env: bool = False) -> None:
+    elapsed = 1000 * (time.perf_counter() - start)
+    for slot in slots:
+        (slot.env_ms if of_env else slot.policy_ms).append(elapsed)
+
+
+def _checked_todo(todo: Sequence[int] | None, seeds: Sequence[int]) -> list[int]:
+    indices = list(range(len(seeds))) if todo is None else sorted({int(i) for i in todo})
+    if not indices or indices[0] < 0 or indices[-1] >= len(seeds):
+        raise ValueError(f"evaluate: todo must name some of the {len(seeds)} episodes, got {indices[:5]}")
+    return indices
 
 
 def _checked_seeds(episode_seeds: Sequence[int], noise_seed: int) -> list[int]:

@@ -13,14 +13,15 @@ from vla_rl.data.demos import DemoSummary, collect_demos
 from vla_rl.data.lerobot_format import DatasetError, atomic_write_json, read_json
 from vla_rl.data.lerobot_reader import LeRobotDataset
 from vla_rl.data.normalization import Normalizer
-from vla_rl.envs.config import EnvConfig, demo_env, without_cameras
+from vla_rl.envs.config import AnyEnvConfig, EnvConfig, demo_env, without_cameras
 from vla_rl.envs.gym import FunctionExpert, FunctionExpertConfig
+from vla_rl.envs.libero import LiberoConfig
 from vla_rl.envs.ogbench_expert import CubeOracle, CubeOracleConfig
 from vla_rl.envs.point_maze import WaypointConfig, WaypointExpert
 from vla_rl.envs.remote_expert import RemoteExpert, RemoteExpertConfig
 from vla_rl.envs.task_mix import make_task_mix
 from vla_rl.envs.vector import ChunkedEnv
-from vla_rl.evaluation.evaluate import evaluate, evaluate_controller
+from vla_rl.evaluation.evaluate import Labels, evaluate, evaluate_controller
 from vla_rl.evaluation.result import EvalResult
 from vla_rl.onpolicy.ppo import PPOConfig
 from vla_rl.policies.adaptation import apply_adaptation
@@ -256,10 +257,11 @@ def evaluate_policy(
     config: EvalConfig,
     *,
     recorders: Sequence[EpisodeRecorder] = (),
+    folder: Path | None = None,
     progress: bool = True,
     label: str = "",
 ) -> EvalResult:
-    """All tasks of `config`, one after the other. `recorders`: one a task, or none."""
+    """All tasks of `config`, one after the other. `recorders`: one a task, or none. `folder`: of the result."""
     results = []
     for i, task in enumerate(config.tasks or (recipe.env.task,)):
         result = evaluate(
@@ -271,6 +273,7 @@ def evaluate_policy(
             policy_batch_size=config.policy_batch_size,
             noise_seed=config.noise_seed,
             record=recorders[i] if recorders else None,
+            labels=Labels(initial_state=initial_state(recipe.env, config.split), folder=folder),
             config={"policy": label} | _protocol(recipe, config),
             progress=progress,
         )
@@ -289,6 +292,14 @@ def _maker(recipe: Recipe, config: EvalConfig, task: str) -> Callable[[int], Chu
     return lambda n: recipe.env.make(n, split=config.split, task=task)
 
 
+def initial_state(env: AnyEnvConfig, split: str) -> Callable[[int], str]:
+    """Names the initial state of a seed's episode: LIBERO's number of it, elsewhere the seed."""
+    if not isinstance(env, LiberoConfig):
+        return str
+    ids = env.init_state_ids(split)
+    return lambda seed: str(ids[seed % len(ids)])
+
+
 def evaluate_expert(recipe: Recipe, config: EvalConfig) -> EvalResult:
     """The scripted expert at its best on the same episodes: the upper end of a report."""
     blind, expert = replace(recipe, env=without_cameras(recipe.env)), recipe.demos.expert
@@ -299,6 +310,7 @@ def evaluate_expert(recipe: Recipe, config: EvalConfig) -> EvalResult:
             lambda env: make_expert(env, best),
             config.seeds,
             num_envs=config.num_envs,
+            labels=Labels(initial_state=initial_state(recipe.env, config.split)),
             config={"policy": "expert"} | _protocol(recipe, config),
         )
         for task in config.tasks or (recipe.env.task,)
@@ -327,7 +339,7 @@ def evaluate_and_film(recipe: Recipe, policy: Any, out: Path, *, label: str) -> 
         for task in config.tasks or (recipe.env.task,)
         if filmed
     ]
-    result = evaluate_policy(recipe, policy, config, recorders=recorders, label=label)
+    result = evaluate_policy(recipe, policy, config, recorders=recorders, folder=out, label=label)
     result.save(out)
     return result, dict(recorders[0].recordings) if recorders else {}
 
