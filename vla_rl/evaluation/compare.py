@@ -83,8 +83,8 @@ class Comparison:
     """`second` against `first`.
 
     `overall` and `per_task` are over the episodes that decide: those without a condition where there are any, else all.
-    `per_condition` has the others too, "" being none; it is in the order of first appearance. `length_difference` (control
-    steps) and `return_difference` are over the episodes that decide. `notes`: what differs besides the policy.
+    `per_condition` has the others too, "" being none; it is in the order of first appearance. `length_difference`
+    (control steps) and `return_difference` are over the episodes that decide. `notes`: what differs besides the policy.
     """
 
     names: tuple[str, str]
@@ -95,6 +95,11 @@ class Comparison:
     length_difference: Difference
     return_difference: Difference
     notes: tuple[str, ...]
+
+    @property
+    def decided_by(self) -> str:
+        """Which episodes `overall` is over."""
+        return "all nominal" if "" in self.per_condition and len(self.per_condition) > 1 else "all episodes"
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -113,7 +118,7 @@ class Comparison:
         first, second = self.names
         rows = [*self.per_task.items()] if len(self.per_task) > 1 else []
         rows += [*self.per_condition.items()] if len(self.per_condition) > 1 else []
-        rows = [(name or NOMINAL, rates) for name, rates in rows] + [("all that decide", self.overall)]
+        rows = [(name or NOMINAL, rates) for name, rates in rows] + [(self.decided_by, self.overall)]
         width = max(len(name) for name, _ in rows)
         header = (
             f"{'':{width}}  {'n':>5}  {first[:20]:>20}  {second[:20]:>20}  {'difference (95% interval)':26}  {'p':>8}"
@@ -171,8 +176,8 @@ class Comparisons:
             width = max(len(f"{pair.second} - {pair.first}") for pair in self.pairs)
             parts.append(f"exact McNemar tests, Holm's correction over {len(self.pairs)}")
             parts[-1] += "".join(
-                f"\n{f'{pair.second} - {pair.first}':{width}}  {pair.rates.difference!s:26}  p {pair.rates.p_value:8.2g}  "
-                f"corrected {pair.p_holm:8.2g}"
+                f"\n{f'{pair.second} - {pair.first}':{width}}  {pair.rates.difference!s:26}  "
+                f"p {pair.rates.p_value:8.2g}  corrected {pair.p_holm:8.2g}"
                 for pair in self.pairs
             )
         return "\n\n".join(parts)
@@ -235,7 +240,12 @@ def compare_all(
         raise ValueError(f"a comparison needs at least two evaluations, got {len(results)}")
     done = {
         (a, b): compare(
-            results[a], results[b], names=(a, b), criterion=criterion, confidence=confidence, across_suites=across_suites
+            results[a],
+            results[b],
+            names=(a, b),
+            criterion=criterion,
+            confidence=confidence,
+            across_suites=across_suites,
         )
         for a, b in itertools.combinations(results, 2)
     }

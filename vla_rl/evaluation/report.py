@@ -6,27 +6,34 @@ did it cost, and how is it repeated.
 
 from __future__ import annotations
 
-import base64
-import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
-from typing import Literal
 
-from vla_rl.evaluation.charts import Bar, Series, bar_chart, line_chart
+from vla_rl.evaluation.charts import Bar, bar_chart
 from vla_rl.evaluation.compare import Comparison, compare
+from vla_rl.evaluation.page import (
+    PANELS,
+    Curve,
+    MediaBudget,
+    Panel,
+    Role,
+    command_section,
+    curves_section,
+    interval_points,
+    outcome,
+    p_value,
+    provenance_section,
+    section,
+    video_element,
+    write_page,
+)
 from vla_rl.evaluation.result import CRITERIA, EvalResult
-from vla_rl.evaluation.statistics import Difference, Rate
+from vla_rl.evaluation.statistics import Rate
+from vla_rl.evaluation.tables import interval, points
 from vla_rl.progress import format_duration
 from vla_rl.rollout.recorder import Recording
-from vla_rl.train.metrics import Metrics, read_metrics
-
-Role = Literal["baseline", "trained", "control", "expert", "other"]
 
 
 @dataclass(frozen=True)
@@ -37,37 +44,6 @@ class ReportRow:
     role: Role
     result: EvalResult
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Metrics of one training run: a `metrics.jsonl`, or the run folder that holds it."""
-
-    label: str
-    role: Role
-    metrics: Path
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One learning-curve chart: the first metric of a run that matches one of `patterns` (as in file names).
-
-    Where `<metric>_low` and `<metric>_high` exist they become a band.
-    """
-
-    title: str
-    patterns: tuple[str, ...]
-    percent: bool = False
-
-
-PANELS = (
-    Panel("Success in training rollouts", ("train/success_rate", "rollout/success_rate"), percent=True),
-    Panel("Success on evaluation episodes", ("eval/success_rate", "eval/success_once"), percent=True),
-    Panel("KL from the behavior policy", ("*/joint_kl", "*/kl_joint", "*/approx_kl", "*/kl")),
-    Panel("Explained variance of the value", ("*/explained_variance", "*/value_explained_variance")),
-    Panel("Share of clipped samples", ("*/clip_fraction", "*/clip_frac"), percent=True),
-    Panel("Supervised loss", ("sft/loss", "sft/train_loss")),
-)
 
 
 @dataclass(frozen=True)
@@ -140,26 +116,21 @@ def write_report(path: str | Path, data: ReportData) -> Path:
         baseline.result, trained.result, names=(baseline.label, trained.label), criterion=data.criterion
     )
     bars, wall_time = _bars_and_time(data)
-    page = Template(_resource("report.html")).substitute(
-        title=escape(data.title),
-        description=escape(data.description),
-        css=_resource("report.css"),
-        javascript=_resource("report.js"),
-        verdict=_verdict(data, comparison),
-        table=_table(data, comparison),
-        bars=bars,
-        wall_time=wall_time,
-        videos=_videos(data),
-        curves=_curves(data),
-        provenance=_provenance(data.provenance),
-        command=_command(data.command),
+    return write_page(
+        Path(path),
+        title=data.title,
+        description=data.description,
+        sections=(
+            _verdict(data, comparison),
+            _table(data, comparison),
+            bars,
+            _videos(data),
+            curves_section(data.curves, data.panels),
+            wall_time,
+            provenance_section(data.provenance),
+            command_section(data.command),
+        ),
     )
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, target)
-    return target
 
 
 def verdict_sentence(comparison: Comparison) -> str:
@@ -167,7 +138,7 @@ def verdict_sentence(comparison: Comparison) -> str:
     first, second = comparison.names
     r = comparison.overall
     rates = f"{r.first.rate:.1%} to {r.second.rate:.1%}"
-    change = f"{_points(r.difference.value)} points, {_interval_points(r.difference)}"
+    change = f"{points(r.difference.value)} points, {interval_points(r.difference)}"
     if r.difference.low > 0:
         return f"{second} is better than {first}: success rises from {rates} ({change})."
     if r.difference.high < 0:
@@ -183,7 +154,7 @@ def _verdict(data: ReportData, comparison: Comparison) -> str:
     ]
     numbers = "".join(
         f'<div class="number b-{row.role}"><b>{data.rate(row).rate:.1%}</b>'
-        f"<span>{escape(row.label)}<br>{_interval(data.rate(row))} &middot; "
+        f"<span>{escape(row.label)}<br>{interval(data.rate(row))} &middot; "
         f"n&nbsp;=&nbsp;{data.rate(row).n}</span></div>"
         for row in shown
     )
@@ -191,7 +162,7 @@ def _verdict(data: ReportData, comparison: Comparison) -> str:
     rest = (
         f"Same {r.first.n} episodes for both: {r.both} solved by both, {r.only_second} only by "
         f"{comparison.names[1]}, {r.only_first} only by {comparison.names[0]}, {r.neither} by neither "
-        f"(exact McNemar test, {_p_value(r.p_value)}). Intervals are at {r.first.confidence:.0%}."
+        f"(exact McNemar test, {p_value(r.p_value)}). Intervals are at {r.first.confidence:.0%}."
     )
     for row in data.rows:
         if row.role == "control":
@@ -208,8 +179,8 @@ def _control_sentence(data: ReportData, control: ReportRow) -> str:
     baseline = data.row("baseline")
     difference = compare(baseline.result, control.result, criterion=data.criterion).overall.difference
     return (
-        f"{control.label} is the control: it moved by {_points(difference.value)} points from {baseline.label} "
-        f"({_interval_points(difference)})."
+        f"{control.label} is the control: it moved by {points(difference.value)} points from {baseline.label} "
+        f"({interval_points(difference)})."
     )
 
 
@@ -225,8 +196,8 @@ def _table(data: ReportData, comparison: Comparison) -> str:
         note = f"<small>{escape(row.note)}</small>" if row.note else ""
         rows += (
             f'<tr><td><span class="key s-{row.role}"></span>{escape(row.label)}{note}</td><td>{s.success_once.n}</td>'
-            f"<td>{s.success_once.rate:.1%}<small>{_interval(s.success_once)}</small></td>"
-            f"<td>{s.success_at_end.rate:.1%}<small>{_interval(s.success_at_end)}</small></td>"
+            f"<td>{s.success_once.rate:.1%}<small>{interval(s.success_once)}</small></td>"
+            f"<td>{s.success_at_end.rate:.1%}<small>{interval(s.success_at_end)}</small></td>"
             f"<td>{s.mean_length:.1f}</td><td>{s.mean_return:.2f}</td></tr>"
         )
     once = comparison.criterion == "success_once"
@@ -267,72 +238,29 @@ def _bars(data: ReportData) -> str:
 
 
 def _videos(data: ReportData) -> str:
-    if not data.videos:
-        return ""
     before, after = data.row("baseline").label, data.row("trained").label
-    pairs = ""
+    budget, pairs = MediaBudget(), ""
     for pair in data.videos:
-        sides = _side(before, pair.before, pair.before_success) + _side(after, pair.after, pair.after_success)
+        sides = _side(before, pair.before, pair.before_success, budget)
+        sides += _side(after, pair.after, pair.after_success, budget)
         pairs += (
             f'<figure class="pair"><figcaption><q>{escape(pair.instruction)}</q> '
             f'<small>seed {pair.seed}</small></figcaption><div class="sides">{sides}</div></figure>'
         )
-    return (
-        '<section><h2>The same episodes, before and after</h2><p class="hint">The same start, sentence and noise on '
-        "both sides; episodes chosen by their seeds, not by their outcome. Click a video to play the pair again.</p>"
-        f'<div class="pairs">{pairs}</div></section>'
+    hint = (
+        "The same start, sentence and noise on both sides; episodes chosen by their seeds, not by their outcome. "
+        "Click a video to play the pair again."
     )
+    body = f'<div class="pairs">{pairs}</div>{budget.note()}' if pairs else ""
+    return section("The same episodes, before and after", body, hint)
 
 
-def _side(label: str, video: Path, success: bool) -> str:
+def _side(label: str, video: Path, success: bool, budget: MediaBudget) -> str:
     if not video.exists():
         raise FileNotFoundError(f"write_report: the video {video} is missing; record it, or leave the pair out")
-    encoded = base64.b64encode(video.read_bytes()).decode("ascii")
-    outcome = '<span class="outcome yes">✓ solved</span>' if success else '<span class="outcome no">✗ failed</span>'
-    return (
-        f'<div class="side"><video muted playsinline preload="auto" tabindex="0" aria-label="{escape(label)}" '
-        f'src="data:video/mp4;base64,{encoded}"></video>{escape(label)} &middot; {outcome}</div>'
-    )
-
-
-def _curves(data: ReportData) -> str:
-    sources = [(curve, read_metrics(curve.metrics)) for curve in data.curves]
-    figures = ""
-    for panel in data.panels:
-        series = [s for curve, rows in sources if (s := _series(curve, panel, rows)) is not None]
-        if series:
-            chart = line_chart(series, panel.title, x_label="iteration", percent=panel.percent)
-            figures += f"<figure><h3>{escape(panel.title)}</h3>{chart}</figure>"
-    if not figures:
-        return ""
-    return (
-        '<section><h2>Learning curves</h2><p class="hint">Success in training rollouts includes the exploration noise '
-        f'and training starts.</p><div class="grid-cards">{figures}</div></section>'
-    )
-
-
-def _series(curve: Curve, panel: Panel, rows: Sequence[Metrics]) -> Series | None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    key = next((name for pattern in panel.patterns for name in names if _matches(name, pattern)), None)
-    if key is None:
-        return None
-    points = [row for row in rows if math.isfinite(row.get(key, math.nan))]
-    if not points:
-        return None
-    low, high = f"{key}_low", f"{key}_high"
-    has_band = all(math.isfinite(row.get(end, math.nan)) for row in points for end in (low, high))
-    return Series(
-        curve.label,
-        curve.role,
-        x=tuple(row["iteration"] for row in points),
-        y=tuple(row[key] for row in points),
-        band=(tuple(row[low] for row in points), tuple(row[high] for row in points)) if has_band else None,
-    )
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """As for file names; `*/kl` is also a `kl` without a group."""
-    return fnmatchcase(name, pattern) or fnmatchcase("/" + name, pattern)
+    url = budget.embed(video.read_bytes(), "video/mp4")
+    film = video_element(url, label) if url else ""
+    return f'<div class="side">{film}{escape(label)} &middot; {outcome(success)}</div>'
 
 
 def _wall_time(stages: Mapping[str, float]) -> str:
@@ -345,43 +273,3 @@ def _wall_time(stages: Mapping[str, float]) -> str:
         for stage, seconds in stages.items()
     )
     return f'<section><h2>Wall time: {format_duration(total)}</h2><ul class="stages">{items}</ul></section>'
-
-
-def _provenance(provenance: Mapping[str, str]) -> str:
-    if not provenance:
-        return ""
-    items = ""
-    for name, text in provenance.items():
-        shown = escape(text)
-        if "\n" in text.strip():
-            shown = f"<details><summary>show</summary><pre>{shown}</pre></details>"
-        items += f"<dt>{escape(name)}</dt><dd>{shown}</dd>"
-    return f"<section><h2>Provenance</h2><dl>{items}</dl></section>"
-
-
-def _command(command: str) -> str:
-    return (
-        f'<section><h2>Repeat it</h2><div class="command"><pre id="command">{escape(command)}</pre>'
-        '<button type="button" data-copy="command">Copy</button></div></section>'
-    )
-
-
-def _interval(rate: Rate) -> str:
-    return f"[{rate.low:.1%}, {rate.high:.1%}]"
-
-
-def _points(share: float) -> str:
-    """A difference of rates in percentage points, with a true minus sign."""
-    return f"{100 * share:+.1f}".replace("-", "\u2212")
-
-
-def _interval_points(difference: Difference) -> str:
-    return f"{difference.confidence:.0%} interval {_points(difference.low)} to {_points(difference.high)}"
-
-
-def _p_value(p: float) -> str:
-    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
-
-
-def _resource(name: str) -> str:
-    return files("vla_rl.evaluation").joinpath(name).read_text(encoding="utf-8")

@@ -71,7 +71,7 @@ def rates_table(comparisons: Comparisons) -> Table:
     groups: list[Callable[[int], dict[str, PairedRates]]] = [
         lambda i: dict(comparisons.against_first[i].per_task),
         lambda i: {name or "nominal": r for name, r in comparisons.against_first[i].per_condition.items()},
-        lambda i: {"all episodes that decide": comparisons.against_first[i].overall},
+        lambda i: {comparisons.against_first[i].decided_by: comparisons.against_first[i].overall},
     ]
     rows: list[tuple[str, ...]] = []
     for group in groups:
