@@ -268,7 +268,7 @@ def episodes_needed(
     return high
 
 
-_MOST_EPISODES = 2**20
+_MOST_EPISODES = 2**16
 
 
 def _mcnemar_power(n: int, difference: float, discordance: float, alpha: float) -> float:
