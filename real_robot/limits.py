@@ -53,9 +53,14 @@ class StopPlan:
         return self.sign * (self.blend * later + (1.0 - self.blend) * earlier)
 
 
+def _clip(x: Vector, low: Vector | float, high: Vector | float) -> Vector:
+    """`np.clip`, which takes longer to find out what it was given than to do it."""
+    return np.minimum(np.maximum(x, low), high)
+
+
 def _braking(a: Vector, limit: Vector, n: Vector) -> tuple[Vector, Vector]:
     """Of P_n: how much speed it takes away, and the sum of (n + 1 - i) a_i, its displacement without that of v."""
-    falling = np.clip(np.floor(np.minimum(a + limit, (a + n) / 2)), 0.0, n)
+    falling = _clip(np.floor(np.minimum(a + limit, (a + n) / 2)), 0.0, n)
     flat = np.maximum(np.ceil(n - limit) - 1 - falling, 0.0)
     rising = n - falling - flat
     triangle = falling * (falling + 1) / 2
@@ -66,17 +71,19 @@ def _braking(a: Vector, limit: Vector, n: Vector) -> tuple[Vector, Vector]:
     return lost, moved
 
 
-def _periods(v: Vector, a: Vector, limit: Vector, least: Vector) -> Vector:
-    """The smallest n >= `least` whose P_n takes away at least v: a guess by the continuous profile, made exact."""
+def _periods(v: Vector, a: Vector, limit: Vector, least: Vector) -> tuple[Vector, Vector, Vector]:
+    """The smallest n >= `least` whose P_n takes away at least v: a guess by the continuous profile, made exact. With
+    it what `_braking` says of P_n and of P_(n-1), [2, ...] each."""
     short = a + np.sqrt(np.maximum(2 * a * a + 4 * v, 0.0))
     full = a + 2 * limit
     long = full + (v - (limit * limit - a * a / 2)) / limit
     n = np.maximum(np.ceil(np.where(short <= full, short, long)), least)
-    while (few := _braking(a, limit, n)[0] < v).any():
-        n = n + few
-    while (many := (n > least) & (_braking(a, limit, n - 1)[0] >= v)).any():
-        n = n - many
-    return n
+    while True:
+        lost, moved = _braking(a, limit, np.stack((n, n - 1)))
+        few, many = lost[0] < v, (n > least) & (lost[1] >= v)
+        if not (few | many).any():
+            return n, lost, moved
+        n = n + few - many  # never both: what P_n takes away rises with n
 
 
 def stop_plan(v: Vector, a: Vector, limit: Vector) -> StopPlan:
@@ -88,15 +95,13 @@ def stop_plan(v: Vector, a: Vector, limit: Vector) -> StopPlan:
     sign = np.where(v + gained >= 0, 1.0, -1.0)
     v, a, gained = sign * v, sign * a, sign * gained
     least = np.ceil(size)
-    n = _periods(v, a, limit, least)
-    lost, moved = _braking(a, limit, n)
-    lost_before, moved_before = _braking(a, limit, n - 1)
+    n, (lost, lost_before), (moved, moved_before) = _periods(v, a, limit, least)
     released = np.sign(a) * (whole * (n + 1) * size - (n + 1 + size) * triangle + triangle * (2 * whole + 1) / 3)
     at_least = n <= least
     moved_before = np.where(at_least, released, moved_before - lost_before)
     lost_before = np.where(at_least, -gained, lost_before)
     span = lost - lost_before
-    blend = np.where(span > 0, (v - lost_before) / np.where(span > 0, span, 1.0), 1.0).clip(0.0, 1.0)
+    blend = _clip(np.where(span > 0, (v - lost_before) / np.where(span > 0, span, 1.0), 1.0), 0.0, 1.0)
     end = n * v + blend * moved + (1 - blend) * moved_before
     dip = _dip(v, a, whole)
     top = np.maximum(end, 0.0)
@@ -105,9 +110,11 @@ def stop_plan(v: Vector, a: Vector, limit: Vector) -> StopPlan:
 
 def _dip(v: Vector, a: Vector, whole: Vector) -> Vector:
     """How far the way goes back before it turns, <= 0: v < 0 < a. The two periods around the turn are tried."""
-    turn = np.floor((2 * a - 1 - np.sqrt(np.maximum((2 * a - 1) ** 2 + 8 * v, 0.0))) / 2)
     dip = np.zeros_like(v)
-    for k in (np.clip(turn, 0.0, whole), np.clip(turn + 1, 0.0, whole)):
+    if not (v < 0).any():
+        return dip
+    turn = np.floor((2 * a - 1 - np.sqrt(np.maximum((2 * a - 1) ** 2 + 8 * v, 0.0))) / 2)
+    for k in (_clip(turn, 0.0, whole), _clip(turn + 1, 0.0, whole)):
         dip = np.minimum(dip, k * v + a * k * (k + 1) / 2 - k * (k + 1) * (k + 2) / 6)
     return np.where(v < 0, dip, 0.0)
 
@@ -175,10 +182,10 @@ class MotionLimiter:
     def step(self, target: Vector) -> Vector:
         """The next target to send for the wanted `target`, finite and of the same shape as the position."""
         self._before = (self.position, self._v, self._a, self._plan, self._base, self._i)
-        target = np.clip(target, self._low, self._high)
+        target = _clip(target, self._low, self._high)
         speed = (target - self._target) / self._unit
         self._target = target
-        accelerations, positions, plan, planned = self._choose(target, np.clip(speed, -self._max_v, self._max_v))
+        accelerations, positions, plan, planned = self._choose(target, _clip(speed, -self._max_v, self._max_v))
         self._advance(accelerations, positions, plan, planned)
         return self.position.copy()
 
@@ -222,14 +229,14 @@ class MotionLimiter:
         """The acceleration that brings the end of the stop plan to where the target's own stop would end, and not past
         it. The end rises with the acceleration."""
         ahead = stop_plan(speed, np.zeros_like(speed), limit).end * self._unit
-        aim = (np.clip(target + ahead, self._low, self._high) - self.position) / self._unit
+        aim = (_clip(target + ahead, self._low, self._high) - self.position) / self._unit
         below = (self.stop_position - self.position) / self._unit <= aim
         low, high = np.minimum(bottom, top), top
         for _ in range(_ROUNDS):
             grid = low + _GRID.reshape(-1, *(1,) * low.ndim) * (high - low)
             v = self._v + grid
             ends = v + stop_plan(v, grid, np.broadcast_to(limit, grid.shape)).end
-            cell = np.clip((ends <= aim).sum(axis=0) - 1, 0, len(_GRID) - 2)
+            cell = _clip((ends <= aim).sum(axis=0) - 1, 0, len(_GRID) - 2)
             width = (high - low) / (len(_GRID) - 1)
             past = ends[-1] <= aim
             low, high = np.where(past, high, low + cell * width), np.where(past, high, low + (cell + 1) * width)
