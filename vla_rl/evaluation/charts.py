@@ -66,6 +66,20 @@ def bar_chart(bars: Sequence[Bar], title: str) -> str:
     return "".join(parts) + "</svg>"
 
 
+def rate_bar(rate: Rate, style: str) -> str:
+    """A bar from 0 to 1 with its whisker, small enough for the cell of a table; the cell has the numbers as text."""
+    width, height = 96.0, 12.0
+    whisker = (
+        f"M{width * rate.low:.1f} 2v8M{width * rate.low:.1f} 6H{width * rate.high:.1f}M{width * rate.high:.1f} 2v8"
+    )
+    return (
+        f'<svg class="mini" viewBox="0 0 {width:g} {height:g}" aria-hidden="true" xmlns="http://www.w3.org/2000/svg">'
+        f'<rect class="track" width="{width:g}" height="{height:g}" rx="2"/>'
+        f'<rect class="fill s-{style}" width="{max(1.0, width * rate.rate):.1f}" height="{height:g}" rx="2"/>'
+        f'<path class="halo" d="{whisker}"/><path class="whisker" d="{whisker}"/></svg>'
+    )
+
+
 def line_chart(series: Sequence[Series], title: str, *, x_label: str, percent: bool = False) -> str:
     """Curves with their bands, axes with round ticks, and each curve's name at its right end.
 

@@ -97,9 +97,7 @@ def _properties(value: Any, rules: Any, _rule: Any, root: Mapping[str, Any], at:
                 yield from _problems(value[name], rule, root, f"{at}.{name}")
 
 
-def _additional(
-    value: Any, rule: Any, around: Mapping[str, Any], root: Mapping[str, Any], at: str
-) -> Iterator[str]:
+def _additional(value: Any, rule: Any, around: Mapping[str, Any], root: Mapping[str, Any], at: str) -> Iterator[str]:
     if not isinstance(value, Mapping):
         return
     for name in value:

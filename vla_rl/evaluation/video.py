@@ -5,6 +5,7 @@ Small pictures are enlarged by a whole factor without blurring, so that a report
 
 from __future__ import annotations
 
+import io
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,7 @@ import av
 import av.container
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 _MIN_SIDE_PIXELS = 256
@@ -119,6 +121,24 @@ def read_video(path: str | Path) -> Tensor:
     with av.open(str(path)) as container:
         pictures = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
     return torch.stack(pictures)
+
+
+def filmstrip(path: str | Path, num_frames: int = 5, height: int = 96) -> bytes:
+    """`num_frames` pictures of a video side by side, from its first frame to its last, as a JPEG of `height` pixels: it
+    can be printed, and is a tenth of the video. A shorter video has fewer."""
+    with av.open(str(path)) as container:
+        count = container.streams.video[0].frames
+        wanted = set(np.linspace(0, count - 1, min(num_frames, count)).round().astype(int).tolist())
+        pictures = [frame.to_image() for i, frame in enumerate(container.decode(video=0)) if i in wanted]
+    if not pictures:
+        raise ValueError(f"filmstrip: {path} has no frame")
+    width = max(1, round(pictures[0].width * height / pictures[0].height))
+    strip = Image.new("RGB", (len(pictures) * (width + 2) - 2, height), "white")
+    for i, picture in enumerate(pictures):
+        strip.paste(picture.resize((width, height)), (i * (width + 2), 0))
+    content = io.BytesIO()
+    strip.save(content, format="JPEG", quality=72)
+    return content.getvalue()
 
 
 def _even(pixels: int) -> int:
