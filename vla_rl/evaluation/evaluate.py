@@ -6,6 +6,8 @@ Three things could make a result depend on how many environments run side by sid
 * the noise: the policy's noise for decision d of episode e is a counter-based stream addressed by (noise_seed, e, d);
 * arithmetic: the same row of a matrix product can round differently in a batch of another shape, or at another place
   in it. So the policy always gets `policy_batch_size` rows, and episode i always sits in row i mod policy_batch_size.
+  A policy that answers each row by itself, such as one behind a server, says `rows_are_independent` and gets no more
+  rows than there are.
 """
 
 from __future__ import annotations
@@ -100,8 +102,6 @@ def evaluate(
     max_episode_steps: int | None = None,
     record: EpisodeRecorder | None = None,
     config: Mapping[str, Any] | None = None,
-    todo: Sequence[int] | None = None,
-    on_finish: OnFinish | None = None,
     progress: bool = True,
 ) -> EvalResult:
     """Run one episode for each of `episode_seeds` with the deployed policy and return them in that order.
@@ -110,13 +110,84 @@ def evaluate(
     `execution_horizon`: how many steps of each chunk are executed. `num_envs` changes the speed and never the result;
     `policy_batch_size` and `noise_seed` are part of the protocol. `task` names the rows (default: the environment's
     name). `max_episode_steps` is for environments without a time limit of their own; such an episode ends
-    with the chunk that reaches it. `config` is kept in the result. `todo`: indices of the seeds to run, None for all;
-    an episode is the same whatever else is run. `on_finish` hears of each episode as it ends; True ends the evaluation.
+    with the chunk that reaches it. `config` is kept in the result.
 
     An episode whose simulator died is left out, and `config["lost_seeds"]` names it; it is not run again.
 
     Raises ValueError for bad seeds, an execution horizon that the policy's chunks do not have, an environment that
     resets itself, or one that could run forever, and RuntimeError where every episode was lost.
+    """
+    start = time.monotonic()
+    finished = play(
+        policy,
+        make_env,
+        episode_seeds,
+        execution_horizon=execution_horizon,
+        num_envs=num_envs,
+        policy_batch_size=policy_batch_size,
+        noise_seed=noise_seed,
+        task=task,
+        labels=labels,
+        max_episode_steps=max_episode_steps,
+        record=record,
+        on_finish=_progress_line(len(episode_seeds), task) if progress else None,
+    )
+    return _result_of_one(finished, config, start)
+
+
+def evaluate_controller(
+    make_env: Callable[[int], EnvT],
+    make_controller: Callable[[EnvT], Callable[[], Tensor]],
+    episode_seeds: Sequence[int],
+    *,
+    num_envs: int = 32,
+    task: str | None = None,
+    labels: Labels | None = None,
+    max_episode_steps: int | None = None,
+    record: EpisodeRecorder | None = None,
+    config: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> EvalResult:
+    """The same for whoever acts from the environment itself, such as a scripted expert: the upper end of a report.
+
+    `make_controller(env)` returns a callable that gives actions [N, K, A] for the environments as they are now, each
+    row independent of the others. The other arguments are those of `evaluate`.
+    """
+    start = time.monotonic()
+    finished = play_controller(
+        make_env,
+        make_controller,
+        episode_seeds,
+        num_envs=num_envs,
+        task=task,
+        labels=labels,
+        max_episode_steps=max_episode_steps,
+        record=record,
+        on_finish=_progress_line(len(episode_seeds), task) if progress else None,
+    )
+    return _result_of_one(finished, config, start)
+
+
+def play(
+    policy: Policy,
+    make_env: Callable[[int], ChunkedVectorEnv],
+    episode_seeds: Sequence[int],
+    *,
+    execution_horizon: int,
+    num_envs: int = 32,
+    policy_batch_size: int = 32,
+    noise_seed: int = 0,
+    task: str | None = None,
+    labels: Labels | None = None,
+    max_episode_steps: int | None = None,
+    record: EpisodeRecorder | None = None,
+    todo: Sequence[int] | None = None,
+    on_finish: OnFinish | None = None,
+) -> tuple[Finished, ...]:
+    """The episodes of `evaluate`, in their declared order, lost ones too.
+
+    `todo`: indices of the seeds to run, None for all; an episode is the same whatever else is run. `on_finish` hears of
+    each episode as it ends, and True ends all of it. The other arguments and errors are those of `evaluate`.
     """
     seeds = _checked_seeds(episode_seeds, noise_seed)
     if not 1 <= execution_horizon <= policy.action_horizon:
@@ -132,17 +203,17 @@ def evaluate(
         _check_action_dim(env, policy)
         limit = _time_limit(env, max_episode_steps)
         run = _Run(env, seeds, pending, task or env.spec.name, limit, policy_batch_size, labels or Labels())
-        caller = _PolicyCaller(policy, env.num_envs, execution_horizon, policy_batch_size, noise_seed)
-        protocol = {
+        run.measured |= {
             "execution_horizon": execution_horizon,
             "policy_batch_size": policy_batch_size,
             "noise_seed": noise_seed,
         }
+        caller = _PolicyCaller(policy, env.num_envs, execution_horizon, policy_batch_size, noise_seed)
         with _evaluation_mode(policy):
-            return run.result(caller.act, record, on_finish, progress, {**(config or {}), **protocol})
+            return run.play(caller.act, record, on_finish)
 
 
-def evaluate_controller(
+def play_controller(
     make_env: Callable[[int], EnvT],
     make_controller: Callable[[EnvT], Callable[[], Tensor]],
     episode_seeds: Sequence[int],
@@ -152,16 +223,10 @@ def evaluate_controller(
     labels: Labels | None = None,
     max_episode_steps: int | None = None,
     record: EpisodeRecorder | None = None,
-    config: Mapping[str, Any] | None = None,
     todo: Sequence[int] | None = None,
     on_finish: OnFinish | None = None,
-    progress: bool = True,
-) -> EvalResult:
-    """The same for whoever acts from the environment itself, such as a scripted expert: the upper end of a report.
-
-    `make_controller(env)` returns a callable that gives actions [N, K, A] for the environments as they are now, each
-    row independent of the others. The other arguments are those of `evaluate`.
-    """
+) -> tuple[Finished, ...]:
+    """The episodes of `evaluate_controller`; the other arguments are those of `play`."""
     seeds = _checked_seeds(episode_seeds, noise_seed=0)
     if num_envs < 1:
         raise ValueError(f"evaluate_controller: num_envs must be >= 1, got {num_envs}")
@@ -170,7 +235,6 @@ def evaluate_controller(
     with _closing(env, record):
         limit = _time_limit(env, max_episode_steps)
         controller = make_controller(env)
-        run = _Run(env, seeds, pending, task or env.spec.name, limit, 1, labels or Labels())
 
         def act(_obs: Observation, slots: Mapping[int, _Slot]) -> Tensor:
             start = time.perf_counter()
@@ -178,7 +242,29 @@ def evaluate_controller(
             _add_ms(slots.values(), start)
             return actions
 
-        return run.result(act, record, on_finish, progress, config or {})
+        run = _Run(env, seeds, pending, task or env.spec.name, limit, 1, labels or Labels())
+        return run.play(act, record, on_finish)
+
+
+def _result_of_one(finished: Sequence[Finished], config: Mapping[str, Any] | None, start: float) -> EvalResult:
+    """Of episodes of one environment."""
+    settings = {**(config or {}), **finished[0].measured}
+    if lost := [one.seed for one in finished if one.episode is None]:
+        settings["lost_seeds"] = lost
+    return result_of(finished, settings, time.monotonic() - start)
+
+
+def _progress_line(num_episodes: int, task: str | None) -> OnFinish:
+    line = Progress(num_episodes, f"evaluation of {task}" if task else "evaluation", unit="ep")
+    finished: list[Finished] = []
+
+    def on_finish(one: Finished) -> bool:
+        finished.append(one)
+        rate = sum(f.episode is not None and f.episode.success_once for f in finished) / len(finished)
+        line.update(len(finished), success=f"{rate:.2f}")
+        return False
+
+    return on_finish
 
 
 def result_of(finished: Sequence[Finished], config: Mapping[str, Any], wall_s: float) -> EvalResult:
@@ -209,18 +295,16 @@ class _PolicyCaller:
         device = obs.state.device
         shape, returned = chunk_shape(self.policy), (self.policy.action_horizon, self.policy.action_dim)
         actions = torch.zeros(self.num_envs, self.execution_horizon, self.policy.action_dim, device=device)
-        for rows in self._batches(slots):
+        for size, rows in self._batches(slots):
             start = time.perf_counter()
             filler = next(iter(rows.values()))
-            source = torch.tensor([rows.get(r, filler) for r in range(self.batch_size)], device=device)
-            noise = torch.zeros(self.batch_size, *shape)
+            source = torch.tensor([rows.get(r, filler) for r in range(size)], device=device)
+            noise = torch.zeros(size, *shape)
             for row, i in rows.items():
                 noise[row] = policy_noise(self.noise_seed, slots[i].seed, slots[i].decision, *shape)
             chunk = self.policy.act(obs.select(source), noise.to(device)).actions
-            if tuple(chunk.shape) != (self.batch_size, *returned):
-                raise ValueError(
-                    f"the policy returned actions {tuple(chunk.shape)}, expected {(self.batch_size, *returned)}"
-                )
+            if tuple(chunk.shape) != (size, *returned):
+                raise ValueError(f"the policy returned actions {tuple(chunk.shape)}, expected {(size, *returned)}")
             for row, i in rows.items():
                 actions[i] = chunk[row, : self.execution_horizon].to(actions)
             if chunk.device.type == "cuda":
@@ -228,8 +312,10 @@ class _PolicyCaller:
             _add_ms([slots[i] for i in rows.values()], start)
         return actions
 
-    def _batches(self, slots: Mapping[int, _Slot]) -> list[dict[int, int]]:
-        """Row of the policy's batch -> environment, in as few calls as the fixed rows allow."""
+    def _batches(self, slots: Mapping[int, _Slot]) -> list[tuple[int, dict[int, int]]]:
+        """Rows of a call, and row -> environment, in as few calls as the fixed rows allow."""
+        if getattr(self.policy, "rows_are_independent", False):
+            return [(len(slots), dict(enumerate(slots)))]
         batches: list[dict[int, int]] = []
         for i, slot in slots.items():
             row = slot.episode % self.batch_size
@@ -238,7 +324,7 @@ class _PolicyCaller:
                 free = {}
                 batches.append(free)
             free[row] = i
-        return batches
+        return [(self.batch_size, batch) for batch in batches]
 
 
 class _Run:
@@ -264,33 +350,16 @@ class _Run:
         self.recorder: EpisodeRecorder | None = None
         self._inner = getattr(env, "step_env", env)
         spec = env.spec
-        self.measured = {
+        self.measured: dict[str, Any] = {
             "task": task,
             "env": spec.name,
             "control_hz": spec.control_hz,
             "max_episode_steps": limit,
         }
 
-    def result(
-        self,
-        act: _Act,
-        recorder: EpisodeRecorder | None,
-        on_finish: OnFinish | None,
-        progress: bool,
-        config: Mapping[str, Any],
-    ) -> EvalResult:
-        start = time.monotonic()
+    def play(self, act: _Act, recorder: EpisodeRecorder | None, on_finish: OnFinish | None) -> tuple[Finished, ...]:
         self.recorder = recorder
-        line = Progress(len(self.pending), f"evaluation of {self.task}", unit="ep") if progress else None
-        self._run(act, on_finish, line)
-        ordered = sorted(self.finished, key=lambda one: one.index)
-        settings = {**config, **self.measured}
-        if lost := [one.seed for one in ordered if one.episode is None]:
-            settings["lost_seeds"] = lost
-        return result_of(ordered, settings, time.monotonic() - start)
-
-    def _run(self, act: _Act, on_finish: OnFinish | None, progress: Progress | None) -> None:
-        recorder, told, successes = self.recorder, 0, 0
+        told = 0
         obs = self._fill(range(self.env.num_envs))
         while self.slots:
             actions = act(obs, self.slots)
@@ -302,14 +371,11 @@ class _Run:
                 for i, frames in step.frames.items():
                     recorder.add(self.slots[i].seed, frames)
             ended = self._account(step)
-            for one in self.finished[told:]:
-                successes += one.episode is not None and one.episode.success_once
-                if on_finish is not None and on_finish(one):
-                    return
-            told = len(self.finished)
+            news, told = self.finished[told:], len(self.finished)
+            if on_finish is not None and any([on_finish(one) for one in news]):  # all of them are told
+                break
             obs = self._fill(ended) if ended and self.pending else step.obs
-            if progress is not None:
-                progress.update(told, success=f"{successes / max(1, told):.2f}")
+        return tuple(sorted(self.finished, key=lambda one: one.index))
 
     def _fill(self, free: Sequence[int]) -> Observation:
         """Start pending episodes in the `free` environments; only one seeding call, so one observation."""
