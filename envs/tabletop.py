@@ -24,8 +24,9 @@ from vla_rl.sim.engine import CpuEngine, Engine
 from vla_rl.sim.randomization import RANDOMIZATIONS, RandomizationConfig, Randomizer, randomization_config, texture_mjcf
 from vla_rl.sim.rendering import CpuRenderer, Renderer
 from vla_rl.sim.scene import CAMERAS, Scene, SceneConfig, build_scene
+from vla_rl.sim.shift import SceneShift, sample_episode
 from vla_rl.sim.tasks import SPLITS, Task, get_task
-from vla_rl.sim.tasks.base import Draw, EpisodeStart, Pose
+from vla_rl.sim.tasks.base import EpisodeStart, Pose
 from vla_rl.sim.view import SceneView
 
 REWARDS = ("sparse", "dense")
@@ -39,7 +40,8 @@ class TabletopConfig:
     task's progress, plus 1 at success). `max_episode_steps`: None takes the task's. `privileged_state`: append goal and
     object poses to the state. `joint_noise`: the arm starts within this many radians of home, in every joint.
     `render_size`: pixels of pictures for people. `randomization`: of looks and physics, one of `RANDOMIZATIONS` or a
-    configuration. `engine`: "cpu" (MuJoCo on `num_threads` threads, None takes all cores) or "warp" (batched on
+    configuration. `shift`: how the scene differs from training, for tests; it sets looks and physics itself where it
+    changes them. `engine`: "cpu" (MuJoCo on `num_threads` threads, None takes all cores) or "warp" (batched on
     `device`, by default the GPU where there is one)."""
 
     split: str = "train"
@@ -52,6 +54,7 @@ class TabletopConfig:
     joint_noise: float = 0.04
     render_size: int = 256
     randomization: str | RandomizationConfig = "off"
+    shift: SceneShift = field(default_factory=SceneShift)
     engine: str = "cpu"
     device: str | None = None
     num_threads: int | None = None
@@ -72,7 +75,10 @@ class TabletopConfig:
                 raise ValueError(f"tabletop: camera {camera!r} has size {size}, expected at least 1 pixel")
         if self.max_episode_steps is not None and self.max_episode_steps < 1:
             raise ValueError(f"tabletop: max_episode_steps must be at least 1, got {self.max_episode_steps}")
-        randomization_config(self.randomization)
+        if randomization_config(self.randomization) is not None and self.shift.randomization is not None:
+            raise ValueError(
+                "tabletop: a shift of color, light, camera or physics sets them itself; use randomization='off' with it"
+            )
         if self.engine == "cpu" and self.device not in (None, "cpu"):
             raise ValueError(f"tabletop: the cpu engine runs on the CPU, not on {self.device!r}; use engine='warp'")
 
@@ -95,8 +101,11 @@ class TabletopEnv:
         self.task = get_task(task)
         self.config = config = config or TabletopConfig()
         self.num_envs = num_envs
-        randomization = randomization_config(config.randomization)
-        self.scene = scene or build_scene(self.task.assets(), _scene_config(config.scene, randomization))
+        randomization = config.shift.randomization or randomization_config(config.randomization)
+        assets = [*self.task.assets(), *config.shift.clutter()]
+        self.scene = scene or build_scene(assets, _scene_config(config.scene, randomization))
+        clutter = {asset.name for asset in config.shift.clutter()}  # which a state has no numbers for
+        self._known = {name: asset for name, asset in self.scene.assets.items() if name not in clutter}
         self.engine: Engine = engine or _make_engine(config, self.scene, num_envs)
         self.renderer: Renderer = renderer or _make_renderer(config, self.engine)
         self.view = SceneView(self.scene, self.engine)
@@ -105,6 +114,8 @@ class TabletopEnv:
         self.seeds = torch.zeros(num_envs, dtype=torch.int64)
         self.episode_steps = torch.zeros(num_envs, dtype=torch.int64, device=self.engine.device)
         self.instructions = [""] * num_envs
+        self.stage_names: tuple[str, ...] = getattr(self.task, "stage_names", ())
+        self._stage = torch.full_like(self.episode_steps, -1)
         self.variables = self._allocate_variables()
         self._randomizer = (
             None if randomization is None
@@ -126,17 +137,19 @@ class TabletopEnv:
 
     def reset(self, env_ids: Tensor, seeds: Tensor) -> None:
         """Start episodes; see `StepEnv`. An episode depends on (task, split, seed) alone."""
-        draws = [Draw(self.task.name, self.config.split, seed) for seed in seeds.tolist()]
-        starts = [self.task.sample(draw) for draw in draws]
-        joint_noise = [draw.rng.uniform(-1.0, 1.0, NUM_JOINTS) * self.config.joint_noise for draw in draws]
+        config = self.config
+        drawn = [sample_episode(self.task, config.split, seed, config.shift) for seed in seeds.tolist()]
+        starts, rngs = [start for start, _ in drawn], [rng for _, rng in drawn]
+        joint_noise = [rng.uniform(-1.0, 1.0, NUM_JOINTS) * config.joint_noise for rng in rngs]
         ids = env_ids.to(self.engine.device)
         self.engine.reset(env_ids)
         self._starts.write(ids, starts, np.stack(joint_noise))
         if self._randomizer is not None:
-            self._randomizer.reset(env_ids, [draw.rng for draw in draws])
+            self._randomizer.reset(env_ids, rngs)
         self.engine.forward(env_ids)
         self.seeds[env_ids] = seeds
         self.episode_steps[ids] = 0
+        self._stage[ids] = -1
         for i, start in zip(env_ids.tolist(), starts, strict=True):
             self.instructions[i] = start.instruction
         for name, rows in self.variables.items():
@@ -160,6 +173,8 @@ class TabletopEnv:
         for name, value in status.variables.items():
             mask = active.reshape(-1, *([1] * (value.ndim - 1)))
             self.variables[name].copy_(torch.where(mask, value, self.variables[name]))
+        if status.stage is not None:
+            self._stage.copy_(torch.where(active, torch.maximum(self._stage, status.stage), self._stage))
         reward = status.success.to(torch.float32)
         if self.config.reward == "dense":
             reward = reward + (status.progress - self._progress).float()
@@ -183,6 +198,10 @@ class TabletopEnv:
             instruction=tuple(self.instructions[i] for i in env_ids.tolist()),
         )
 
+    def furthest_stage(self) -> list[int]:
+        """The furthest of `stage_names` that each environment has reached in its running episode; -1: none yet."""
+        return self._stage.tolist()
+
     def render(self, env_ids: Tensor) -> Tensor:
         """A picture for people from the agent camera, uint8 [M, h, w, 3]."""
         return self.renderer.render("agent", env_ids, self.config.render_size, self.config.render_size)
@@ -198,11 +217,13 @@ class TabletopEnv:
             "seeds": self.seeds.clone(),
             "episode_steps": self.episode_steps.clone(),
             "progress": self._progress.clone(),
+            "stage": self._stage.clone(),
             "randomization": self._randomizer.state_dict() if self._randomizer is not None else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError, with nothing changed, for a state of another task, control, randomization or engine."""
+        """Raises ValueError, with nothing changed, for a state of another task, control, randomization, shift or
+        engine."""
         here = self._kind()
         different = [name for name in here if state["kind"].get(name) != here[name]]
         if different:
@@ -217,6 +238,7 @@ class TabletopEnv:
         self.seeds.copy_(state["seeds"])
         self.episode_steps.copy_(state["episode_steps"])
         self._progress.copy_(state["progress"])
+        self._stage.copy_(state["stage"])
 
     def _kind(self) -> dict[str, str]:
         config = self.config
@@ -224,6 +246,7 @@ class TabletopEnv:
             "task": self.task.name,
             "control": config.control,
             "randomization": str(config.randomization),
+            "shift": str(config.shift),
             "engine": config.engine,
         }
 
@@ -233,7 +256,7 @@ class TabletopEnv:
 
     def _allocate_variables(self) -> dict[str, Tensor]:
         """One tensor a task variable, shaped as in a trial episode."""
-        example = self.task.sample(Draw(self.task.name, self.config.split, 0))
+        example, _ = sample_episode(self.task, self.config.split, 0, self.config.shift)
         _check_start(self.task, self.scene, example)
         variables = {}
         for name, value in example.variables.items():
@@ -246,18 +269,18 @@ class TabletopEnv:
         view = self.view
         parts = [view.joint_positions, view.tip_pos, view.tip_yaw[:, None], view.gripper_opening[:, None]]
         if self.config.privileged_state:
-            assets = list(self.scene.assets)
-            movable = [name for name, asset in self.scene.assets.items() if asset.movable]
+            assets = list(self._known)
+            movable = [name for name, asset in self._known.items() if asset.movable]
             parts += [self.task.goal(view, self.variables), view.object_positions(assets).flatten(1)]
             if movable:
                 parts.append(view.object_quats(movable).flatten(1))
-            parts += [view.joint_position(name)[:, None] for name in assets if self.scene.assets[name].joint]
+            parts += [view.joint_position(name)[:, None] for name in assets if self._known[name].joint]
         return torch.cat(parts, dim=1).float()
 
     def _state_names(self) -> tuple[str, ...]:
         names = [*JOINT_NAMES, "tip_x", "tip_y", "tip_z", "tip_yaw", "gripper_opening"]
         if self.config.privileged_state:
-            assets = self.scene.assets
+            assets = self._known
             names += self.task.goal_names
             names += [f"{name}_{axis}" for name in assets for axis in "xyz"]
             names += [f"{name}_q{axis}" for name, asset in assets.items() if asset.movable for axis in "wxyz"]
@@ -357,6 +380,7 @@ def make_tabletop(
     final_images: bool = True,
     num_threads: int | None = None,
     randomization: str | RandomizationConfig = "off",
+    shift: SceneShift | None = None,
     engine: str = "cpu",
     device: str | None = None,
 ) -> ChunkedEnv:
@@ -373,6 +397,7 @@ def make_tabletop(
         privileged_state=privileged_state,
         num_threads=num_threads,
         randomization=randomization,
+        shift=shift or SceneShift(),
         engine=engine,
         device=device,
     )

@@ -99,11 +99,13 @@ class PhysicsConfig:
 
 @dataclass(frozen=True)
 class RandomizationConfig:
-    """`stream`: configurations with different numbers never share a random number, whatever the seed."""
+    """`stream`: configurations with different numbers never share a random number, whatever the seed. `at_limits`: each
+    number takes one end of its range or the other and nothing between, so that a range is a strength; textures: any."""
 
     looks: LooksConfig = field(default_factory=LooksConfig)
     physics: PhysicsConfig = field(default_factory=PhysicsConfig)
     stream: int = 0
+    at_limits: bool = False
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.looks.textures) - TEXTURES.keys())
@@ -171,6 +173,10 @@ class Randomizer:
         when the episode's own colours are written, and the engine's `forward` after it."""
         streams = [np.random.default_rng([self._config.stream, int(rng.integers(2**62))]) for rng in rngs]
         uniforms = torch.from_numpy(np.stack([stream.random(self._num_columns) for stream in streams]))
+        if self._config.at_limits:
+            kept = uniforms[:, self._looks.choices].clone()
+            uniforms = uniforms.round().clamp(max=1.0 - 2.0**-53)  # below 1, as `random` is
+            uniforms[:, self._looks.choices] = kept
         for part in (self._looks, self._physics, self._delay):
             part.reset(env_ids, uniforms)
 
@@ -202,7 +208,7 @@ class _Looks:
         known = {model.camera(i).name: i for i in range(model.ncam)}
         self._cameras = [(known[name], jitter) for name, jitter in config.cameras.items() if name in known]
         self._color_columns = reserve(3 * len(self._spread))
-        self._texture_columns = reserve(len(self._surfaces))
+        self.choices = reserve(len(self._surfaces))
         self._light_columns = reserve(4)
         self._camera_columns = [reserve(7) for _ in self._cameras]
 
@@ -211,7 +217,7 @@ class _Looks:
         if self._spread.any():
             self._write_colors(ids, uniforms[:, self._color_columns])
         if len(self._materials) > 1:
-            choice = (uniforms[:, self._texture_columns] * len(self._materials)).long()
+            choice = (uniforms[:, self.choices] * len(self._materials)).long()
             field_ = self._engine.model_field("geom_matid")
             field_[ids[:, None], torch.tensor(self._surfaces, device=ids.device)] = self._materials[choice].to(field_)
         if self._config.light_tilt or self._config.light_level != (1.0, 1.0):

@@ -13,14 +13,14 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vla_rl.sim.language import COLORS, DISTRACTOR_COLORS, OOD_COLORS, Rgba, sentence
+from vla_rl.sim.language import COLORS, DISTRACTOR_COLORS, OOD_COLORS, Rgba, framed, sentence
 from vla_rl.sim.scene import Asset
 from vla_rl.sim.view import SceneView
 
@@ -41,6 +41,9 @@ class Pose:
     z: float | None = None
 
 
+NUM_RINGS = 3
+
+
 @dataclass(frozen=True)
 class Region:
     """A rectangle on the table, m. With `hole`, a rectangle inside it that is left out: unseen positions."""
@@ -52,6 +55,19 @@ class Region:
     def contains(self, x: float, y: float) -> bool:
         inside = self.x[0] <= x <= self.x[1] and self.y[0] <= y <= self.y[1]
         return inside and not (self.hole is not None and self.hole.contains(x, y))
+
+    def toward(self, outer: Region, share: float) -> Region:
+        """The rectangle that is `share` of the way from this one to `outer`; no hole."""
+        x, y = (
+            (a[0] + share * (b[0] - a[0]), a[1] + share * (b[1] - a[1]))
+            for a, b in ((self.x, outer.x), (self.y, outer.y))
+        )
+        return Region(x, y)
+
+
+def ring(usual: Region, unseen: Region, level: int) -> Region:
+    """Ring `level` of the `NUM_RINGS` of one width that lie between `usual` and the outside of `unseen`."""
+    return replace(usual.toward(unseen, level / NUM_RINGS), hole=usual.toward(unseen, (level - 1) / NUM_RINGS))
 
 
 TRAIN_REGION = Region()
@@ -75,9 +91,22 @@ class EpisodeStart:
 
 
 class Draw:
-    """The random choices of one episode. `rng` is the episode's own generator: seeded by (task, split, seed) alone."""
+    """The random choices of one episode. `rng` is the episode's own generator: seeded by (task, split, seed) alone.
 
-    def __init__(self, task: str, split: str, seed: int) -> None:
+    What `sim/shift.py` changes: `position`, a ring outside of the training regions; `paraphrase`, 1 for unseen nouns, 2
+    for unseen templates too, 3 for these inside of other words; `wrong_object`, which names what is not meant.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        split: str,
+        seed: int,
+        *,
+        position: int = 0,
+        paraphrase: int = 0,
+        wrong_object: bool = False,
+    ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
         self.split = split
@@ -85,7 +114,8 @@ class Draw:
             frozenset(OOD_AXES) if split == "ood" else frozenset({split.removeprefix("ood_")} & set(OOD_AXES))
         )
         self.rng = np.random.default_rng([zlib.crc32(task.encode()), SPLITS.index(split), seed])
-        self.region = OOD_REGION if "positions" in self.shifted else TRAIN_REGION
+        self._position, self._paraphrase, self._wrong_object = position, paraphrase, wrong_object
+        self.region = self.select("positions", TRAIN_REGION, OOD_REGION)
 
     def place(
         self,
@@ -126,6 +156,10 @@ class Draw:
         """`unseen` where the split shifts `axis` (one of `OOD_AXES`), else `usual`: words, regions, numbers."""
         if axis not in OOD_AXES:
             raise ValueError(f"select: axis {axis!r} is unknown; use one of {', '.join(OOD_AXES)}")
+        if axis == "positions" and self._position and isinstance(usual, Region) and isinstance(unseen, Region):
+            return ring(usual, unseen, self._position)
+        if axis == "sentences" and self._paraphrase:
+            return unseen
         return unseen if axis in self.shifted else usual
 
     def colors(self, count: int) -> dict[str, Rgba]:
@@ -141,12 +175,18 @@ class Draw:
         return self._choose(unseen, count)
 
     def choice(self, count: int) -> int:
-        """A number in [0, count)."""
-        return int(self.rng.integers(count))
+        """A number in [0, count): which object is meant, and named."""
+        return (int(self.rng.integers(count)) + self._wrong_object) % count
+
+    def distinct(self, count: int, of: int) -> list[int]:
+        """`count` different numbers in [0, of), in random order: which objects are meant, and named."""
+        return [(i + self._wrong_object) % of for i in self.rng.permutation(of)[:count].tolist()]
 
     def sentence(self, templates: Sequence[str], ood_templates: Sequence[str], **slots: str | Sequence[str]) -> str:
         """A sentence from `templates`, or from `ood_templates` if sentences are shifted."""
-        return sentence(self.rng, ood_templates if "sentences" in self.shifted else templates, **slots)
+        unseen = "sentences" in self.shifted or self._paraphrase > 1
+        said = sentence(self.rng, ood_templates if unseen else templates, **slots)
+        return framed(said) if self._paraphrase > 2 else said
 
     def _choose(self, palette: Mapping[str, Rgba], count: int) -> dict[str, Rgba]:
         if count > len(palette):
@@ -155,17 +195,40 @@ class Draw:
         return {names[i]: palette[names[i]] for i in self.rng.permutation(len(names))[:count].tolist()}
 
 
+def free_points(
+    rng: np.random.Generator,
+    regions: Mapping[str, Region],
+    taken: Sequence[tuple[float, float]],
+    clearance: float,
+    spacing: float,
+) -> dict[str, Pose]:
+    """A pose in its region for each name, `clearance` m from all points of `taken` and `spacing` m from each other.
+    Raises ValueError where they do not fit."""
+    poses: dict[str, Pose] = {}
+    for name, region in regions.items():
+        for x, y in zip(rng.uniform(*region.x, 2000).tolist(), rng.uniform(*region.y, 2000).tolist(), strict=True):
+            near = any(math.hypot(x - a, y - b) < clearance for a, b in taken)
+            if not near and all(math.hypot(x - p.x, y - p.y) >= spacing for p in poses.values()):
+                poses[name] = Pose(x, y)
+                break
+        else:
+            raise ValueError(f"free_points: no place for {name} in {region}")
+    return poses
+
+
 # -------------------------------------------------------------------------------------------------- judging a state
 @dataclass(frozen=True)
 class TaskStatus:
     """How the environments stand. `success`, `failure`: bool [N]; either ends an episode. `progress`: float [N], about
     0 at the start and 1 at success; the dense reward is its change. `variables`: new values of task variables that the
-    task keeps over time (a sub-goal reached), by name; the environment stores them where it is active."""
+    task keeps over time (a sub-goal reached), by name; the environment stores them where it is active. `stage`: int64
+    [N], which of the task's `stage_names` holds now, see `stage_of`; None for a task without."""
 
     success: Tensor
     failure: Tensor
     progress: Tensor
     variables: Mapping[str, Tensor] = field(default_factory=dict)
+    stage: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -243,7 +306,15 @@ def falling(distance: Tensor, scale: float) -> Tensor:
     return 1.0 - torch.tanh(distance / scale)
 
 
+def stage_of(*conditions: Tensor) -> Tensor:
+    """The last of `conditions` (bool [N] each, in the order of a task's stages) that holds, int64 [N]; -1 if none."""
+    stage = torch.full_like(conditions[0], -1, dtype=torch.int64)
+    for i, condition in enumerate(conditions):
+        stage = torch.where(condition, i, stage)
+    return stage
+
+
 __all__ = [
     "OOD_AXES", "SPLITS", "TASKS", "Draw", "EpisodeStart", "Plan", "Pose", "Region", "Task", "TaskStatus", "falling",
-    "get_task", "register_task",
+    "free_points", "get_task", "register_task", "ring", "stage_of",
 ]  # fmt: skip

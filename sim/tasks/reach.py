@@ -48,7 +48,7 @@ class Reach:
     def sample(self, draw: Draw) -> EpisodeStart:
         target = draw.choice(len(BLOCKS))
         colors = draw.colors(len(BLOCKS))
-        nouns = OOD_BLOCK_NOUNS if "sentences" in draw.shifted else BLOCK_NOUNS
+        nouns = draw.select("sentences", BLOCK_NOUNS, OOD_BLOCK_NOUNS)
         said = draw.sentence(TEMPLATES, OOD_TEMPLATES, color=list(colors)[target], noun=nouns)
         return EpisodeStart(
             poses=draw.place([*BLOCKS, *DISTRACTORS], min_distance=0.085, yaw=0.6),

@@ -46,7 +46,7 @@ class Stack:
         return [*blocks, *(Block(name, half=HALF, movable=False, shape="cylinder") for name in DISTRACTORS)]
 
     def sample(self, draw: Draw) -> EpisodeStart:
-        top, base = draw.rng.permutation(len(BLOCKS))[:2].tolist()
+        top, base = draw.distinct(2, of=len(BLOCKS))
         names = list(colors := draw.colors(len(BLOCKS)))
         noun = draw.select("sentences", BLOCK_NOUNS, OOD_BLOCK_NOUNS)
         return EpisodeStart(
