@@ -34,6 +34,11 @@ class FlowMLPConfig:
     def __post_init__(self) -> None:
         if self.time_dim % 2:
             raise ValueError(f"time_dim is {self.time_dim}, expected an even number (sines and cosines)")
+        if self.flow_matching.max_prefix_delay:
+            raise ValueError(
+                "FlowMLPConfig: max_prefix_delay needs a flow time for each step, and this network has one for the "
+                "whole chunk; take TinyVLAConfig, which may have no camera"
+            )
 
 
 class FlowMLP(nn.Module):

@@ -123,6 +123,8 @@ class HFEncoder(nn.Module):
 class HFFlowPolicy(nn.Module):
     """Implements `FlowPolicy`, `HasVisionTokens`, `HasSupervisedLoss` and `LearnsFromPrefix` of `vla_rl.protocols`."""
 
+    takes_step_times = True
+
     def __init__(self, config: HFFlowConfig) -> None:
         super().__init__()
         self.config = config
@@ -180,7 +182,7 @@ class HFFlowPolicy(nn.Module):
 
     # --------------------------------------------------------------------------------------------------- the head
     def velocity(self, prefix: Prefix, x_t: Tensor, flow_time: Tensor) -> VelocityOutput:
-        """`x_t` float32 [N, H, A] normalised, `flow_time` float32 [N]."""
+        """`x_t` float32 [N, H, A] normalised, `flow_time` float32 [N], or [N, H] of each step."""
         return self.expert(prefix, x_t, flow_time)
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from vla_rl.policies.blocks.freezing import freeze, is_frozen
 from vla_rl.policies.blocks.images import Padding, to_unit_range
 from vla_rl.policies.blocks.prefix_cache import make_prefix, project, suffix_mask, suffix_positions
 from vla_rl.policies.blocks.sizes import require_readable, require_room, require_sizes
-from vla_rl.policies.blocks.time_embedding import time_embedding
+from vla_rl.policies.blocks.time_embedding import over_steps, time_embedding
 from vla_rl.policies.blocks.tokenizer import TokenizerConfig
 from vla_rl.policies.blocks.vision_transformer import VisionTransformer, VisionTransformerConfig
 from vla_rl.policies.blocks.vla_inputs import PromptConfig, VLAInputs
@@ -130,6 +130,8 @@ class Pi0(nn.Module):
     result: they are not trained.
     """
 
+    takes_step_times = True
+
     def __init__(self, config: Pi0Config) -> None:
         super().__init__()
         require_sizes(config)
@@ -221,8 +223,8 @@ class Pi0(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- the expert
     def velocity(self, prefix: Prefix, x_t: Tensor, flow_time: Tensor) -> VelocityOutput:
-        """`x_t` float32 [N, H, max_action_dim] normalised, `flow_time` float32 [N]. `hidden`: the expert's last normed
-        states of the action tokens, float32."""
+        """`x_t` float32 [N, H, max_action_dim] normalised, `flow_time` float32 [N], or [N, H] of each step. `hidden`:
+        the expert's last normed states of the action tokens, float32."""
         x, condition = self._suffix(prefix, x_t, flow_time)
         starts = torch.arange(x.shape[1], device=x.device) <= x.shape[1] - x_t.shape[1]  # the state; all the actions
         among = block_mask(torch.ones_like(starts)[None], starts)[0]
@@ -240,7 +242,7 @@ class Pi0(nn.Module):
             condition = functional.silu(project(self.time_mlp_in, time))
             condition = functional.silu(project(self.time_mlp_out, condition))
             return actions.to(dtype), condition
-        both = torch.cat([actions, time.to(actions.dtype)[:, None].expand_as(actions)], dim=-1)
+        both = torch.cat([actions, over_steps(time.to(actions.dtype)).expand_as(actions)], dim=-1)
         tokens = project(self.action_time_mlp_out, functional.silu(project(self.action_time_mlp_in, both)))
         state = prefix.pooled[:, self.config.language.width :]
         padded = functional.pad(state, (0, self.config.max_state_dim - state.shape[1]))

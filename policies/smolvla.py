@@ -22,7 +22,7 @@ from vla_rl.policies.blocks.freezing import freeze, is_frozen
 from vla_rl.policies.blocks.images import Padding, to_unit_range
 from vla_rl.policies.blocks.prefix_cache import make_prefix, project, suffix_mask, suffix_positions
 from vla_rl.policies.blocks.sizes import require_readable, require_room, require_sizes
-from vla_rl.policies.blocks.time_embedding import time_embedding
+from vla_rl.policies.blocks.time_embedding import over_steps, time_embedding
 from vla_rl.policies.blocks.tokenizer import TokenizerConfig
 from vla_rl.policies.blocks.vision_transformer import VisionTransformer, VisionTransformerConfig
 from vla_rl.policies.blocks.vla_inputs import PromptConfig, VLAInputs
@@ -126,6 +126,8 @@ class SmolVLA(nn.Module):
     result: they are not trained.
     """
 
+    takes_step_times = True
+
     def __init__(self, config: SmolVLAConfig) -> None:
         super().__init__()
         require_sizes(config)
@@ -227,11 +229,11 @@ class SmolVLA(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- the expert
     def velocity(self, prefix: Prefix, x_t: Tensor, flow_time: Tensor) -> VelocityOutput:
-        """`x_t` float32 [N, H, max_action_dim] normalised, `flow_time` float32 [N]. `hidden`: the expert's last normed
-        states of the action tokens, float32."""
+        """`x_t` float32 [N, H, max_action_dim] normalised, `flow_time` float32 [N], or [N, H] of each step. `hidden`:
+        the expert's last normed states of the action tokens, float32."""
         actions = project(self.action_in_proj, x_t)
         time = time_embedding(flow_time, self.hidden_dim).to(actions.dtype)
-        both = torch.cat([actions, time[:, None].expand_as(actions)], dim=-1)
+        both = torch.cat([actions, over_steps(time).expand_as(actions)], dim=-1)
         x = project(self.action_time_mlp_out, functional.silu(project(self.action_time_mlp_in, both)))
         horizon = x.shape[1]
         causal = torch.ones(horizon, horizon, dtype=torch.bool, device=x.device).tril()

@@ -104,6 +104,8 @@ class TinyVLA(nn.Module):
     Normalisation starts as the identity; `set_normalization` takes it from the demonstrations.
     """
 
+    takes_step_times = True
+
     def __init__(self, config: TinyVLAConfig) -> None:
         super().__init__()
         require_sizes(config)
@@ -160,7 +162,7 @@ class TinyVLA(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- the expert
     def velocity(self, prefix: Prefix, x_t: Tensor, flow_time: Tensor) -> VelocityOutput:
-        """`x_t` float32 [N, H, A] normalised, `flow_time` float32 [N]."""
+        """`x_t` float32 [N, H, A] normalised, `flow_time` float32 [N], or [N, H] of each step."""
         return self.expert(prefix, x_t, flow_time)
 
     def normalize_actions(self, actions: Tensor) -> Tensor:

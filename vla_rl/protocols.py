@@ -262,7 +262,8 @@ class FlowPolicy(HasFeatures, Policy, Protocol):
     hidden_dim: int
 
     def velocity(self, prefix: Prefix, x_t: Tensor, flow_time: Tensor) -> VelocityOutput:
-        """`x_t` float32 [N, H, A], `flow_time` float32 [N] in [0, 1]: 1 is noise, 0 is the action."""
+        """`x_t` float32 [N, H, A], `flow_time` float32 [N] in [0, 1]: 1 is noise, 0 is the action. A policy with an
+        attribute `takes_step_times` takes one for each step too, [N, H]."""
         ...
 
     def normalize_actions(self, actions: Tensor) -> Tensor:

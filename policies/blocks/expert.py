@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 
 from vla_rl.policies.blocks.attention import attention_mask
 from vla_rl.policies.blocks.heads import mlp
-from vla_rl.policies.blocks.time_embedding import time_embedding
+from vla_rl.policies.blocks.time_embedding import over_steps, time_embedding
 from vla_rl.policies.blocks.transformer import AdaptiveRMSNorm, AdaptiveTransformerBlock
 from vla_rl.protocols import Prefix, VelocityOutput
 
@@ -63,17 +63,19 @@ class ActionExpert(nn.Module):
         nn.init.zeros_(self.action_out.bias)
 
     def forward(self, prefix: Prefix, x_t: Tensor, flow_time: Tensor) -> VelocityOutput:
-        """`x_t [N, H, A]`, `flow_time [N]`."""
+        """`x_t [N, H, A]`, `flow_time [N]`, or [N, H] of each step."""
         pooled_condition, pooled_shift = self.pooled_in(prefix.pooled).chunk(2, dim=-1)
+        if flow_time.ndim == 2:
+            pooled_condition = pooled_condition.unsqueeze(1)
         condition = silu(self.time_mlp(time_embedding(flow_time, self.time_width)) + pooled_condition)
         prefix_mask = None if _all_true(prefix.mask) else prefix.mask
         mask = attention_mask(prefix_mask, None, prefix.tokens.shape[1], x_t.shape[1])
-        scale = (flow_time.square() + (1.0 - flow_time).square()).rsqrt()[:, None, None]
+        scale = over_steps((flow_time.square() + (1.0 - flow_time).square()).rsqrt()[..., None])
         x = self.action_in(x_t * scale) + self.position + pooled_shift.unsqueeze(1)
         for block in cast(Iterable[AdaptiveTransformerBlock], self.blocks):
             x = block(x, prefix.tokens, condition, mask)
         hidden, _ = self.norm(x, condition)
-        skip = (2.0 * flow_time - 1.0)[:, None, None] * scale.square()
+        skip = over_steps((2.0 * flow_time - 1.0)[..., None]) * scale.square()
         return VelocityOutput(skip * x_t + scale * self.action_out(hidden).float(), hidden.float())
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def time_embedding(flow_time: Tensor, width: int, *, min_period: float = 4e-3, max_period: float = 4.0) -> Tensor:
-    """`flow_time [N]` in [0, 1] -> float32 [N, width]: sines, then cosines, of geometrically spaced periods.
+    """`flow_time [...]` in [0, 1] -> float32 [..., width]: sines, then cosines, of geometrically spaced periods.
 
     The spacing is that of pi0 (periods 4e-3 to 4), computed in float64, because the shortest period makes angles of
     more than 1500 rad.
@@ -20,3 +20,9 @@ def time_embedding(flow_time: Tensor, width: int, *, min_period: float = 4e-3, m
     period = min_period * (max_period / min_period) ** fraction
     angle = 2.0 * math.pi * flow_time.double().unsqueeze(-1) / period
     return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
+
+
+def over_steps(x: Tensor) -> Tensor:
+    """What was made of flow times, to go with a chunk [N, H, A]: `x [N, D]` of a time for all of it as [N, 1, D], and
+    [N, H, D] of a time for each step as it is."""
+    return x if x.ndim == 3 else x.unsqueeze(1)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vla_rl.policies.blocks.attention import Attention
+from vla_rl.policies.blocks.time_embedding import over_steps
 
 
 class RMSNorm(nn.Module):
@@ -41,9 +42,10 @@ class AdaptiveRMSNorm(nn.Module):
         nn.init.constant_(self.dense.bias[2 * width :], initial_gate)
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """`x [N, L, width]`, `condition [N, condition_width]` -> normed [N, L, width] and gate [N, 1, width]."""
+        """`x [N, L, width]`, `condition [N, condition_width]` -> normed [N, L, width] and gate [N, 1, width]; with a
+        condition of each token, [N, L, condition_width], the gate is [N, L, width]."""
         modulation = self.dense(condition.to(self.dense.weight.dtype)).float()
-        scale, shift, gate = modulation.unsqueeze(1).chunk(3, dim=-1)
+        scale, shift, gate = over_steps(modulation).chunk(3, dim=-1)
         normed = functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
         return torch.addcmul(shift, normed, 1.0 + scale).to(x.dtype), gate.to(x.dtype)
 
@@ -89,8 +91,8 @@ class AdaptiveTransformerBlock(nn.Module):
         self.feed_forward = FeedForward(width, hidden_width)
 
     def forward(self, x: Tensor, context: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`x [N, L, width]`, `context [N, T, context_width]`, `condition [N, condition_width]`; `mask` as in
-        `Attention.forward`."""
+        """`x [N, L, width]`, `context [N, T, context_width]`, `condition` as in `AdaptiveRMSNorm.forward`; `mask` as
+        in `Attention.forward`."""
         prefix = self.attention.project_context(context)
         normed, gate = self.attention_norm(x, condition)
         x = torch.addcmul(x, gate, self.attention(normed, prefix, mask))

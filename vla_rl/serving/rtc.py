@@ -1,8 +1,12 @@
-"""Real-time chunking: a new chunk that continues the one which is being executed (arXiv 2506.07339).
+"""Real-time chunking: a new chunk that continues the one which is being executed.
 
 While the policy thinks, the arm goes on with the old chunk. Its first `delay` actions after the observation will have
-been executed when the new chunk comes, and those up to the old chunk's end say where the motion was going. The flow's
-ODE is guided towards them as in inpainting, with a weight that falls from 1 at the frozen actions to 0.
+been executed when the new chunk comes, and those up to the old chunk's end say where the motion was going.
+
+"guided" (arXiv 2506.07339), for any flow policy: the ODE is guided towards them as in inpainting, with a weight that
+falls from 1 at the frozen actions to 0. "trained" (arXiv 2512.05964), for a policy whose fine-tuning had a
+`max_prefix_delay`: it gets the frozen actions as they are, at flow time 0, and was taught to go on from them; what was
+planned after them is not read, and a step costs what it costs without.
 
 In this project's direction of time (1 is noise): D(x) = x - t v(x, t) is the predicted clean chunk and
 v' = v - min(max_guidance, (t^2 + (1-t)^2) / (t (1-t))) J_D^T [W (y - D(x))].
@@ -21,20 +25,26 @@ from vla_rl.flow.schedule import flow_times
 from vla_rl.protocols import FlowPolicy, Prefix
 
 Schedule = Literal["exponential", "linear", "ones", "zeros"]
+Method = Literal["auto", "guided", "trained"]
 
 
 @dataclass(frozen=True)
 class RTCConfig:
-    """`schedule`: how the weight falls between the frozen actions and the end of the prefix; "ones" holds on to all of
-    it, "zeros" to the frozen ones alone. `max_guidance`: the bound on the guidance's factor. `jacobian`: the guidance
-    goes through the network's derivative as in the paper; without it a step costs half, and follows the prefix less
-    smoothly."""
+    """`method`: "auto" is "trained" for a policy that was trained so, and "guided" for all others.
 
+    Of "guided": `schedule`: how the weight falls between the frozen actions and the end of the prefix; "ones" holds on
+    to all of it, "zeros" to the frozen ones alone. `max_guidance`: the bound on the guidance's factor. `jacobian`: the
+    guidance goes through the network's derivative as in the paper; without it a step costs half, and follows the prefix
+    less smoothly."""
+
+    method: Method = "auto"
     schedule: Schedule = "exponential"
     max_guidance: float = 5.0
     jacobian: bool = True
 
     def __post_init__(self) -> None:
+        if self.method not in ("auto", "guided", "trained"):
+            raise ValueError(f"method must be auto, guided or trained, got {self.method!r}")
         if self.schedule not in ("exponential", "linear", "ones", "zeros"):
             raise ValueError(f"schedule must be exponential, linear, ones or zeros, got {self.schedule!r}")
         if not self.max_guidance > 0:
@@ -85,6 +95,24 @@ def guided_ode(
     return x
 
 
+def trained_delay(policy: object) -> int:
+    """The longest delay, in control steps, that training-time real-time chunking has taught `policy`; 0: none."""
+    return getattr(getattr(getattr(policy, "config", None), "flow_matching", None), "max_prefix_delay", 0)
+
+
+def trained_ode(
+    policy: FlowPolicy, prefix: Prefix, x_1: Tensor, target: Tensor, frozen: Tensor, num_steps: int
+) -> Tensor:
+    """Normalised chunks [N, H, D] from the noise `x_1` that begin with the steps of `target` [N, H, D] where `frozen`
+    (bool [N, H]): these are at flow time 0 all the while."""
+    x = torch.where(frozen[..., None], target, x_1)
+    for t in flow_times(num_steps)[:-1].tolist():
+        time = torch.where(frozen, 0.0, t).to(x)
+        step = policy.velocity(prefix, x, time).velocity / num_steps
+        x = torch.where(frozen[..., None], target, x - step)
+    return x
+
+
 def continue_chunks(
     policy: FlowPolicy,
     prefix: Prefix,
@@ -98,20 +126,36 @@ def continue_chunks(
     """Chunks [N, H, A] in the environment's units that continue `planned` [N, H, A].
 
     `lengths` int64 [N]: how many actions of `planned` there are, 0 for a row that continues nothing. `delays` int64
-    [N], at most `lengths`: how many of them will be executed in any case; these are returned as they were.
+    [N], at most `lengths`: how many of them will be executed in any case; these are returned as they were. Raises
+    TypeError where `config.method` is "trained" and the policy was not.
     """
-    horizon = planned.shape[1]
+    step = torch.arange(planned.shape[1], device=x_1.device)[None]
+    frozen = step < delays[:, None]
+    target = policy.normalize_actions(torch.where((step < lengths[:, None])[..., None], planned, 0.0))
+    taught = trained_delay(policy)
+    if config.method == "trained" and not taught:
+        raise TypeError(f"{type(policy).__name__} was not fine-tuned with a max_prefix_delay; use another rtc.method")
+    if taught and config.method != "guided":
+        chunk = trained_ode(policy, prefix, x_1, target, frozen, num_steps)
+    else:
+        weights = _weights(delays, lengths, x_1, policy.action_dim, config.schedule)
+        chunk = guided_ode(policy, prefix, x_1, target, weights, config, num_steps)
+    return torch.where(frozen[..., None], planned, policy.unnormalize_actions(chunk))
+
+
+def _weights(delays: Tensor, lengths: Tensor, like: Tensor, action_dim: int, schedule: Schedule) -> Tensor:
+    """Of each row, shaped as the noise `like` [N, H, D]."""
+    horizon = like.shape[1]
     rows = [
-        prefix_weights(horizon, d, e, config.schedule) if e else torch.zeros(horizon)
+        prefix_weights(horizon, d, e, schedule) if e else torch.zeros(horizon)
         for d, e in zip(delays.tolist(), lengths.tolist(), strict=True)
     ]
-    weights = torch.stack(rows).to(x_1)[..., None].repeat(1, 1, x_1.shape[2])
-    weights[..., policy.action_dim :] = 0.0  # padding reaches no arm, and what it was is not known
-    step = torch.arange(horizon, device=x_1.device)[None]
-    held = torch.where((step < lengths[:, None])[..., None], planned, 0.0)
-    target = policy.normalize_actions(held)
-    chunk = policy.unnormalize_actions(guided_ode(policy, prefix, x_1, target, weights, config, num_steps))
-    return torch.where((step < delays[:, None])[..., None], planned, chunk)
+    weights = torch.stack(rows).to(like)[..., None].repeat(1, 1, like.shape[2])
+    weights[..., action_dim:] = 0.0  # padding reaches no arm, and what it was is not known
+    return weights
 
 
-__all__ = ["RTCConfig", "Schedule", "continue_chunks", "guidance_factor", "guided_ode", "prefix_weights"]
+__all__ = [
+    "Method", "RTCConfig", "Schedule", "continue_chunks", "guidance_factor", "guided_ode", "prefix_weights",
+    "trained_delay", "trained_ode",
+]  # fmt: skip

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -99,7 +99,9 @@ class SFTConfig:
 
     The learning rate rises linearly over `warmup_updates` and falls along a cosine to `final_lr_fraction` of its peak.
     `ema_decay` 0 keeps the last parameters; otherwise the saved and returned policy holds their moving average.
-    `precision`: "auto" is bfloat16 autocast on a GPU and float32 on a CPU.
+    `precision`: "auto" is bfloat16 autocast on a GPU and float32 on a CPU. `max_prefix_delay`: training-time real-time
+    chunking for delays of so many control steps (`flow_matching_loss`), which the policy's own config then says; 0
+    leaves that as it is.
     """
 
     num_updates: int = 1000
@@ -113,11 +115,14 @@ class SFTConfig:
     grad_clip: float = 1.0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    max_prefix_delay: int = 0
     seed: int = 0
     log_interval: int = 20
     checkpoint_interval: int = 250
 
     def __post_init__(self) -> None:
+        if self.max_prefix_delay < 0:
+            raise ValueError(f"SFTConfig.max_prefix_delay must be 0 or more, got {self.max_prefix_delay}")
         for name in ("num_updates", "batch_size", "log_interval", "checkpoint_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"SFTConfig.{name} must be at least 1, got {getattr(self, name)}")
@@ -158,6 +163,8 @@ class SupervisedTrainer:
 
     def __init__(self, policy: nn.Module, config: SFTConfig) -> None:
         require(policy, HasFeatures, HasSupervisedLoss, by="supervised fine-tuning")
+        if config.max_prefix_delay:
+            _learn_to_continue(policy, config.max_prefix_delay)
         self.policy: Any = policy
         self.config = config
         parameters = trainable_parameters(policy)
@@ -240,6 +247,22 @@ class SupervisedTrainer:
         if self.config.precision == "float32" or self.device.type == "cpu":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def _learn_to_continue(policy: Any, max_prefix_delay: int) -> None:
+    """From now on the policy's flow-matching loss, and what is saved of its config, have `max_prefix_delay`."""
+    if not getattr(policy, "takes_step_times", False):
+        raise TypeError(
+            f"max_prefix_delay needs a flow policy that takes a flow time for each step of its chunk (TinyVLA, pi0, "
+            f"pi0.5, SmolVLA, HFFlowPolicy); {type(policy).__name__} does not. Leave it at 0"
+        )
+    if max_prefix_delay >= policy.action_horizon:
+        raise ValueError(
+            f"max_prefix_delay is {max_prefix_delay}, expected less than the policy's {policy.action_horizon} steps: "
+            "none is left to learn"
+        )
+    flow_matching = replace(policy.config.flow_matching, max_prefix_delay=max_prefix_delay)
+    policy.config = replace(policy.config, flow_matching=flow_matching)
 
 
 def _generator(config: SFTConfig) -> torch.Generator:
