@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 import av
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from vla_rl.evaluation.video import VideoWriter, read_video, write_video
+from vla_rl.evaluation.video import VideoWriter, filmstrip, read_video, write_video
 from vla_rl.rollout.recorder import EpisodeRecorder
 
 
@@ -89,3 +93,28 @@ def test_the_recorder_keeps_episodes_apart(tmp_path):
     assert (recording.num_frames, recording.success, recording.instruction) == (10, True, "touch it")
     assert len(read_video(recording.path)) == 10
     assert [p.name for p in tmp_path.iterdir()] == ["episode_3.mp4"]
+
+
+def test_planned_chunks_lie_beside_the_video(tmp_path):
+    recorder = EpisodeRecorder(tmp_path, [3, 8], control_hz=10)
+    video, chunks = moving_square(10), torch.arange(12.0).reshape(2, 3, 2)
+    recorder.add(3, video[:2], chunks[0])
+    recorder.add(3, video[2:3], chunks[1])
+    recorder.add(8, video)
+    for seed in (3, 8):
+        recorder.finish(seed, instruction="go", success=True, action_names=("x", "grip"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["episode_3.mp4", "episode_3.npz", "episode_8.mp4"]
+    with np.load(tmp_path / "episode_3.npz") as stored:
+        assert np.array_equal(stored["chunks"], chunks.numpy())
+        assert stored["executed"].tolist() == [2, 1]
+        assert stored["names"].tolist() == ["x", "grip"]
+
+
+def test_a_filmstrip_goes_from_the_first_frame_to_the_last(tmp_path):
+    path = write_video(tmp_path / "a.mp4", moving_square(12), fps=10)
+    strip = np.asarray(Image.open(io.BytesIO(filmstrip(path, num_frames=3, height=64)))).astype(int)
+    assert strip.shape == (64, 3 * 66 - 2, 3)
+    blue = (strip[24, :, 2] - strip[24, :, 0]) > 60  # the row through the moving square
+    starts = [int(np.flatnonzero(blue[66 * i : 66 * i + 64])[0]) for i in range(3)]
+    assert starts == pytest.approx([0, 4 * 6, 4 * 11], abs=2)
+    assert Image.open(io.BytesIO(filmstrip(path, num_frames=50))).width == 12 * 98 - 2

@@ -208,9 +208,9 @@ def play(
             "policy_batch_size": policy_batch_size,
             "noise_seed": noise_seed,
         }
-        caller = _PolicyCaller(policy, env.num_envs, execution_horizon, policy_batch_size, noise_seed)
+        caller = _PolicyCaller(policy, env.num_envs, policy_batch_size, noise_seed)
         with _evaluation_mode(policy):
-            return run.play(caller.act, record, on_finish)
+            return run.play(caller.act, record, on_finish, execution_horizon)
 
 
 def play_controller(
@@ -285,16 +285,16 @@ def result_of(finished: Sequence[Finished], config: Mapping[str, Any], wall_s: f
 class _PolicyCaller:
     """Calls a policy with a fixed number of rows, each episode always in the same one."""
 
-    def __init__(self, policy: Policy, num_envs: int, execution_horizon: int, batch_size: int, noise_seed: int) -> None:
+    def __init__(self, policy: Policy, num_envs: int, batch_size: int, noise_seed: int) -> None:
         self.policy, self.num_envs, self.batch_size = policy, num_envs, batch_size
-        self.execution_horizon, self.noise_seed = execution_horizon, noise_seed
+        self.noise_seed = noise_seed
 
     @torch.no_grad()
     def act(self, obs: Observation, slots: Mapping[int, _Slot]) -> Tensor:
-        """Actions [N, K, A]; environments without an episode get zeros, which do not move them."""
+        """Chunks [N, H, A]; environments without an episode get zeros, which do not move them."""
         device = obs.state.device
         shape, returned = chunk_shape(self.policy), (self.policy.action_horizon, self.policy.action_dim)
-        actions = torch.zeros(self.num_envs, self.execution_horizon, self.policy.action_dim, device=device)
+        actions = torch.zeros(self.num_envs, *returned, device=device)
         for size, rows in self._batches(slots):
             start = time.perf_counter()
             filler = next(iter(rows.values()))
@@ -306,7 +306,7 @@ class _PolicyCaller:
             if tuple(chunk.shape) != (size, *returned):
                 raise ValueError(f"the policy returned actions {tuple(chunk.shape)}, expected {(size, *returned)}")
             for row, i in rows.items():
-                actions[i] = chunk[row, : self.execution_horizon].to(actions)
+                actions[i] = chunk[row].to(actions)
             if chunk.device.type == "cuda":
                 torch.cuda.synchronize(chunk.device)  # or the clock would stop before the policy has answered
             _add_ms([slots[i] for i in rows.values()], start)
@@ -357,19 +357,26 @@ class _Run:
             "max_episode_steps": limit,
         }
 
-    def play(self, act: _Act, recorder: EpisodeRecorder | None, on_finish: OnFinish | None) -> tuple[Finished, ...]:
+    def play(
+        self,
+        act: _Act,
+        recorder: EpisodeRecorder | None,
+        on_finish: OnFinish | None,
+        execution_horizon: int | None = None,
+    ) -> tuple[Finished, ...]:
+        """`act` gives chunks, of which `execution_horizon` steps (None: all) are executed."""
         self.recorder = recorder
         told = 0
         obs = self._fill(range(self.env.num_envs))
         while self.slots:
-            actions = act(obs, self.slots)
+            chunks = act(obs, self.slots)
             wanted = [i for i, slot in self.slots.items() if recorder is not None and recorder.wants(slot.seed)]
             start = time.perf_counter()
-            step = self.env.step(actions, record=wanted)
+            step = self.env.step(chunks[:, :execution_horizon], record=wanted)
             _add_ms(self.slots.values(), start, of_env=True)
             if recorder is not None:
                 for i, frames in step.frames.items():
-                    recorder.add(self.slots[i].seed, frames)
+                    recorder.add(self.slots[i].seed, frames, chunks[i])
             ended = self._account(step)
             news, told = self.finished[told:], len(self.finished)
             if on_finish is not None and any([on_finish(one) for one in news]):  # all of them are told
@@ -443,7 +450,8 @@ class _Run:
     def _video(self, slot: _Slot) -> str:
         if self.recorder is None:
             return ""
-        self.recorder.finish(slot.seed, instruction=slot.instruction, success=slot.success_once)
+        names = self.env.spec.action.names
+        self.recorder.finish(slot.seed, instruction=slot.instruction, success=slot.success_once, action_names=names)
         recording = self.recorder.recordings.get(slot.seed)
         if recording is None:
             return ""
