@@ -31,11 +31,11 @@ def conditions_section(results: Mapping[str, EvalResult], criterion: str, unsupp
     rows = [["nominal", _cells(per_condition, "", criterion), *[""] * (len(levels) - 1)]] if levels else []
     rows += [[_label(axis), *(_cells(per_condition, f"{axis}@{n}", criterion) for n in levels)] for axis in axes]
     header = ("axis", *(f"level {level}" for level in levels))
-    body = html_table(header, rows) if rows else ""
+    body = html_table(header, rows, kind="axes") if rows else ""
     crossed = [c for c in found if "+" in c]
     if crossed:
         lines = [[escape(c.replace("+", " + ")), _cells(per_condition, c, criterion)] for c in crossed]
-        body += "<h3>Several at once</h3>" + html_table(("conditions", "success"), lines)
+        body += "<h3>Several at once</h3>" + html_table(("conditions", "success"), lines, kind="axes")
     if unsupported:
         items = "".join(f"<dt>{escape(c)}</dt><dd>{escape(reason)}</dd>" for c, reason in unsupported.items())
         body += f"<h3>Not measured: this simulator cannot do it</h3><dl>{items}</dl>"

@@ -174,7 +174,7 @@ def _tasks(nominal: Sequence[Episode], criterion: str) -> str:
         rows.append([*cells, f"{s.mean_length:.1f}", f"{s.mean_return:.2f}"])
     header = ("task", "episodes", "", "success once", "success at end", "length", "return")
     hint = "Brackets and whiskers: Wilson intervals. Length in control steps. A click on a column sorts by it."
-    return section("By task", html_table(header, rows, sortable=True), hint)
+    return section("By task", html_table(header, rows, kind="sortable"), hint)
 
 
 def _timing(result: EvalResult) -> str:

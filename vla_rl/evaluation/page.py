@@ -104,12 +104,14 @@ def section(title: str, body: str, hint: str = "") -> str:
     return f"<section><h2>{escape(title)}</h2>{said}{body}</section>" if body else ""
 
 
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, sortable: bool = False) -> str:
-    """`header` is text, the cells are HTML. The first column is a name, the others are numbers."""
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = "") -> str:
+    """`header` is text, the cells are HTML. The first column is a name, the others are numbers. `kind`: a class of
+    report.css, such as "sortable"."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    kind = ' class="sortable"' if sortable else ""
-    return f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def video_element(url: str, label: str, attributes: str = "") -> str:
@@ -123,7 +125,8 @@ def outcome(success: bool) -> str:
     return '<span class="outcome yes">✓ solved</span>' if success else '<span class="outcome no">✗ failed</span>'
 
 
-def provenance_section(provenance: Mapping[str, str]) -> str:
+def provenance_section(provenance: Mapping[str, str], of: str = "") -> str:
+    """Name -> text; a text of several lines can be unfolded. `of`: whose it is, where a page has several."""
     items = ""
     for name, text in provenance.items():
         cut = len(text) - _TEXT_CHARACTERS
@@ -131,7 +134,7 @@ def provenance_section(provenance: Mapping[str, str]) -> str:
         if "\n" in text.strip():
             shown = f"<details><summary>show</summary><pre>{shown}</pre></details>"
         items += f"<dt>{escape(name)}</dt><dd>{shown}</dd>"
-    return section("Provenance", f"<dl>{items}</dl>" if items else "")
+    return section(f"Provenance of {of}" if of else "Provenance", f"<dl>{items}</dl>" if items else "")
 
 
 def command_section(command: str) -> str:

@@ -167,7 +167,7 @@ def _verdict(data: ReportData, comparison: Comparison) -> str:
     for row in data.rows:
         if row.role == "control":
             rest += " " + _control_sentence(data, row)
-    notes = "".join(f'<p class="rest">Note: {escape(note)}.</p>' for note in comparison.notes if _is_protocol(note))
+    notes = "".join(f'<p class="rest">Note: {escape(note)}.</p>' for note in comparison.notes if is_protocol(note))
     return (
         f'<section class="verdict"><p class="sentence">{escape(verdict_sentence(comparison))}</p>'
         f'<div class="numbers">{numbers}</div><p class="rest">{escape(rest)}</p>{notes}</section>'
@@ -184,9 +184,9 @@ def _control_sentence(data: ReportData, control: ReportRow) -> str:
     )
 
 
-def _is_protocol(note: str) -> bool:
+def is_protocol(note: str) -> bool:
     """Settings that should be equal when two policies are compared; a checkpoint's name naturally is not."""
-    return note.split(" is ")[0] not in ("policy", "cameras", "image_size")
+    return note.split(" is ")[0] not in ("policy", "cameras", "image_size", "lost_seeds")
 
 
 def _table(data: ReportData, comparison: Comparison) -> str:
