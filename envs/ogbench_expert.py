@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vla_rl.envs.gym import GymStepEnv
+from vla_rl.envs.perturbed import simulator_of
 from vla_rl.envs.vector import ChunkedEnv
 
 
@@ -32,9 +33,10 @@ class CubeOracle:
     """
 
     def __init__(self, env: ChunkedEnv, config: CubeOracleConfig) -> None:
-        if not isinstance(env.step_env, GymStepEnv) or not env.spec.name.startswith("cube-"):
+        inner = simulator_of(env.step_env)
+        if not isinstance(inner, GymStepEnv) or not env.spec.name.startswith("cube-"):
             raise TypeError(f"{env.spec.name} is not one of OGBench's cube tasks; its oracle knows only those")
-        vector: Any = env.step_env.vector_env
+        vector: Any = inner.vector_env
         self._env, self._config = env, config
         self._cubes: list[Any] = [one.unwrapped for one in vector.envs]
         self._oracles = [self._oracle(cubes) for cubes in self._cubes]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vla_rl.core import ActionSpec, EnvSpec, Observation
 from vla_rl.data.episodes import StateEpisode
+from vla_rl.envs.perturbed import simulator_of
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.protocols import StepOutcome
 
@@ -299,7 +300,7 @@ class WaypointExpert:
     """Acts in a point maze. An episode's speed, detours and noise follow from its seed, whatever runs beside it."""
 
     def __init__(self, env: ChunkedEnv | PointMazeEnv, config: WaypointConfig | None = None) -> None:
-        inner = env.step_env if isinstance(env, ChunkedEnv) else env
+        inner = simulator_of(env.step_env) if isinstance(env, ChunkedEnv) else env
         if not isinstance(inner, PointMazeEnv):
             raise TypeError(f"WaypointExpert acts in point mazes, not in {type(inner).__name__}")
         self._env, config = inner, config or WaypointConfig()

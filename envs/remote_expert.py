@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vla_rl.envs.expert_noise import add_noise
+from vla_rl.envs.perturbed import simulator_of
 from vla_rl.envs.remote import RemoteStepEnv
 from vla_rl.envs.vector import ChunkedEnv
 
@@ -33,12 +34,13 @@ class RemoteExpert:
     """
 
     def __init__(self, env: ChunkedEnv, config: RemoteExpertConfig) -> None:
-        if not isinstance(env.step_env, RemoteStepEnv):
+        inner = simulator_of(env.step_env)
+        if not isinstance(inner, RemoteStepEnv):
             raise TypeError(
                 f"{env.spec.name} has no host process to ask for an expert's action; "
                 "recipes of other environments want their own: --demos.expert"
             )
-        self._env, self._remote, self._config = env, env.step_env, config
+        self._env, self._remote, self._config = env, inner, config
 
     def __call__(self) -> Tensor:
         """Actions [N, 1, A], zero where an episode has ended."""

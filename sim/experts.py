@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vla_rl.envs.perturbed import simulator_of
 from vla_rl.envs.tabletop import TabletopEnv
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.sim.control import EeDeltaController
@@ -47,7 +48,7 @@ class ScriptedExpert:
     does not depend on the number of environments. Raises ValueError under joint control, which it does not speak."""
 
     def __init__(self, env: ChunkedEnv | TabletopEnv, config: ExpertConfig | None = None) -> None:
-        inner = env.step_env if isinstance(env, ChunkedEnv) else env
+        inner = simulator_of(env.step_env) if isinstance(env, ChunkedEnv) else env
         if not isinstance(inner, TabletopEnv):
             raise TypeError(f"ScriptedExpert acts in tabletop environments, not in {type(inner).__name__}")
         env = inner

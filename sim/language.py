@@ -71,7 +71,7 @@ _SYNONYMS: tuple[tuple[str, str], ...] = (
     ("reach", "get to"), ("press", "push down on"), ("move", "bring"), ("insert", "slide"), ("stack", "pile"),
     ("on top of", "onto"), ("next to", "beside"), ("in the", "inside the"), ("on the", "onto the"),
 )  # fmt: skip
-_SYNONYM_OF = dict(_SYNONYMS)
+_SYNONYM_OF: dict[str, str] = dict(_SYNONYMS)
 _SYNONYM_PATTERN = re.compile(r"\b(" + "|".join(sorted(map(re.escape, _SYNONYM_OF), key=len, reverse=True)) + r")\b")
 
 

@@ -255,7 +255,9 @@ class Task(Protocol):
     """A language task on the table. Everything but `sample` is batched torch code that never asks for a number back
     from the device.
 
-    `name` is its key; `max_episode_steps` counts control steps; `goal_names` names the columns of `goal`.
+    `name` is its key; `max_episode_steps` counts control steps; `goal_names` names the columns of `goal`. A task may
+    also have `stage_names` (str, in the order of the way to success; see `TaskStatus.stage`) and `clutter_regions`
+    (where a test may put more objects without blocking the way; see `sim/shift.py`).
     """
 
     name: str

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vla_rl.sim.language import DRAWER_NOUNS, OOD_DRAWER_NOUNS
 from vla_rl.sim.scene import Asset, Block, Drawer
-from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, Pose, Region, TaskStatus, falling, register_task
+from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, Pose, Region, TaskStatus, falling, register_task, stage_of
 from vla_rl.sim.tasks.waypoints import CLOSED, JAW_STEPS, OPEN, Waypoint, make_plan, over, shifted
 from vla_rl.sim.view import SceneView, pick
 
@@ -18,7 +18,10 @@ DISTRACTORS: tuple[str, ...] = ("distractor0", "distractor1")
 HALF_WIDTH = 0.06  # m
 _TOP = 0.108  # m, z of a distractor that stands on a cabinet
 OPENED, SHUT = 0.09, 0.012  # m: a drawer counts as open beyond the one, as closed within the other
+AT_HANDLE = 0.05  # m from the fingertip to a handle that it is about to move
 _SLOTS = (-0.17, 0.0, 0.17)  # m, y of the cabinets
+# Where more objects than the task's may stand: beside the cabinets, for before them drawers open.
+CLUTTER_REGIONS = (Region(x=(0.38, 0.60), y=(-0.31, -0.25)), Region(x=(0.38, 0.60), y=(0.25, 0.31)))
 _REGION = Region(x=(0.60, 0.63), y=(-0.015, 0.015))
 _OOD_REGION = Region(x=(0.575, 0.65), y=(-0.024, 0.024), hole=_REGION)
 
@@ -52,6 +55,8 @@ class OpenDrawer:
 
     name = "open_drawer"
     max_episode_steps = 80
+    stage_names = ("handle reached", "pulled", "open")
+    clutter_regions = CLUTTER_REGIONS
     goal_names = ("handle_x", "handle_y", "handle_z", "opening")
 
     def assets(self) -> Sequence[Asset]:
@@ -64,9 +69,12 @@ class OpenDrawer:
         openings = _openings(view)
         opening = pick(openings, variables["target"])
         failure = (openings > OPENED / 2).sum(dim=1) > (opening > OPENED / 2).long()
-        near = falling(torch.linalg.vector_norm(view.tip_pos - _handle(view, variables), dim=1), 0.2)
+        gap = torch.linalg.vector_norm(view.tip_pos - _handle(view, variables), dim=1)
+        near = falling(gap, 0.2)
         progress = 0.4 * near + 0.6 * (opening / OPENED).clamp(0.0, 1.0)
-        return TaskStatus((opening > OPENED) & ~failure, failure, progress)
+        success = (opening > OPENED) & ~failure
+        stage = stage_of(gap < AT_HANDLE, opening > OPENED / 3, success)
+        return TaskStatus(success, failure, progress, stage=stage)
 
     def goal(self, view: SceneView, variables: Mapping[str, Tensor]) -> Tensor:
         return _goal(view, variables)
@@ -82,6 +90,8 @@ class CloseDrawer:
 
     name = "close_drawer"
     max_episode_steps = 80
+    stage_names = ("handle reached", "pushed", "closed")
+    clutter_regions = CLUTTER_REGIONS
     goal_names = ("handle_x", "handle_y", "handle_z", "opening")
     began = 0.10  # m, about how far drawers are open at the start
 
@@ -95,9 +105,12 @@ class CloseDrawer:
         openings = _openings(view)
         opening = pick(openings, variables["target"])
         failure = (openings < self.began / 2).sum(dim=1) > (opening < self.began / 2).long()
-        near = falling(torch.linalg.vector_norm(view.tip_pos - _handle(view, variables), dim=1), 0.2)
+        gap = torch.linalg.vector_norm(view.tip_pos - _handle(view, variables), dim=1)
+        near = falling(gap, 0.2)
         progress = 0.3 * near + 0.7 * (1.0 - opening / self.began).clamp(0.0, 1.0)
-        return TaskStatus((opening < SHUT) & ~failure, failure, progress)
+        success = (opening < SHUT) & ~failure
+        stage = stage_of(gap < AT_HANDLE, opening < 2 * self.began / 3, success)
+        return TaskStatus(success, failure, progress, stage=stage)
 
     def goal(self, view: SceneView, variables: Mapping[str, Tensor]) -> Tensor:
         return _goal(view, variables)

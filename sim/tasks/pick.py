@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vla_rl.sim.language import BLOCK_NOUNS, OOD_BLOCK_NOUNS
 from vla_rl.sim.scene import Asset, Block
-from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, TaskStatus, falling, register_task
-from vla_rl.sim.tasks.waypoints import grasp, make_plan
+from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, TaskStatus, falling, register_task, stage_of
+from vla_rl.sim.tasks.waypoints import LIFTED, grasp, grasped, held, make_plan
 from vla_rl.sim.view import SceneView, pick
 
 BLOCKS: tuple[str, ...] = ("block0", "block1", "block2")
@@ -37,6 +37,7 @@ class Pick:
 
     name = "pick"
     max_episode_steps = 80
+    stage_names = ("reached", "grasped", "lifted", "held up")
     goal_names = ("target_x", "target_y", "target_z")
     raised = 0.10
     wrong = 0.04
@@ -61,13 +62,15 @@ class Pick:
     def evaluate(self, view: SceneView, variables: Mapping[str, Tensor]) -> TaskStatus:
         blocks, target = view.object_positions(BLOCKS), variables["target"]
         height = blocks[..., 2] - HALF
-        up = pick(height, target)
+        up, block = pick(height, target), pick(blocks, target)
         named = torch.arange(len(BLOCKS), device=view.device) == target[:, None]
         steps_up = torch.where(up > self.raised, variables["steps_up"] + 1, 0)
         failure = ((height > self.wrong) & ~named).any(dim=1) | (height < -0.05).any(dim=1)
-        near = falling(torch.linalg.vector_norm(view.tip_pos - pick(blocks, target), dim=1), 0.2)
+        near = falling(torch.linalg.vector_norm(view.tip_pos - block, dim=1), 0.2)
         progress = 0.4 * near + 0.6 * (up / self.raised).clamp(0.0, 1.0)
-        return TaskStatus((steps_up >= self.hold_steps) & ~failure, failure, progress, {"steps_up": steps_up})
+        success = (steps_up >= self.hold_steps) & ~failure
+        stage = stage_of(grasped(view, block), held(view, block, HALF), up > LIFTED, success)
+        return TaskStatus(success, failure, progress, {"steps_up": steps_up}, stage)
 
     def goal(self, view: SceneView, variables: Mapping[str, Tensor]) -> Tensor:
         return pick(view.object_positions(BLOCKS), variables["target"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vla_rl.sim.language import OOD_PUCK_NOUNS, OOD_ZONE_NOUNS, PUCK_NOUNS, ZONE_NOUNS
 from vla_rl.sim.scene import Asset, Block, Puck, Zone
-from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, Pose, Region, TaskStatus, falling, register_task
+from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, Pose, Region, TaskStatus, falling, register_task, stage_of
 from vla_rl.sim.tasks.waypoints import CLOSED, Waypoint, at_height, make_plan, over, shifted
 from vla_rl.sim.view import SceneView, pick
 
@@ -44,6 +44,8 @@ class Push:
 
     name = "push"
     max_episode_steps = 100
+    stage_names = ("reached", "moved", "near the zone", "on the zone")
+    clutter_regions = (Region(x=(0.36, 0.62), y=(-0.29, -0.17)), Region(x=(0.36, 0.62), y=(0.17, 0.29)))
     goal_names = ("block_x", "block_y", "zone_x", "zone_y")
     tolerance = 0.03
     still = 0.15
@@ -84,9 +86,12 @@ class Push:
         arrived = (gaps < self.tolerance).flatten(1).sum(dim=1) - (gap < self.tolerance).long()
         failure = (arrived > 0) | (blocks[..., 2] < -0.03).any(dim=1)
         block = pick(blocks, variables["block"])
-        near = falling(torch.linalg.vector_norm(view.tip_pos - block, dim=1), 0.2)
+        reach = torch.linalg.vector_norm(view.tip_pos - block, dim=1)
+        near = falling(reach, 0.2)
         progress = torch.where(success, 1.0, 0.3 * near + 0.7 * falling(gap, 0.2))
-        return TaskStatus(success & ~failure, failure, progress)
+        moving = pick(speeds, variables["block"]) > 0.02
+        stage = stage_of(reach < 0.07, moving, gap < 2 * self.tolerance, success)
+        return TaskStatus(success & ~failure, failure, progress, stage=stage)
 
     def goal(self, view: SceneView, variables: Mapping[str, Tensor]) -> Tensor:
         block = pick(view.object_positions(BLOCKS), variables["block"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vla_rl.sim.language import BLOCK_NOUNS, OOD_BLOCK_NOUNS
 from vla_rl.sim.scene import Asset, Block
-from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, TaskStatus, falling, register_task
+from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, TaskStatus, falling, register_task, stage_of
 from vla_rl.sim.view import SceneView, pick
 
 BLOCKS: tuple[str, ...] = ("block0", "block1", "block2")
@@ -36,6 +36,7 @@ class Reach:
 
     name = "reach"
     max_episode_steps = 24
+    stage_names = ("approached", "touched")
     goal_names: tuple[str, ...] = ("target_x", "target_y", "target_z")
     tolerance = 0.02
     hover = 0.10  # m above the goal, where the expert travels
@@ -64,7 +65,9 @@ class Reach:
         distance = torch.linalg.vector_norm(offset, dim=2)
         near = distance < self.tolerance
         success = pick(near, variables["target"])
-        return TaskStatus(success, near.any(dim=1) & ~success, falling(pick(distance, variables["target"]), 0.2))
+        gap = pick(distance, variables["target"])
+        stage = stage_of(gap < 3 * self.tolerance, success)
+        return TaskStatus(success, near.any(dim=1) & ~success, falling(gap, 0.2), stage=stage)
 
     def goal(self, view: SceneView, variables: Mapping[str, Tensor]) -> Tensor:
         position = pick(view.object_positions(BLOCKS), variables["target"]).clone()

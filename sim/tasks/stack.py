@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vla_rl.sim.language import BLOCK_NOUNS, OOD_BLOCK_NOUNS
 from vla_rl.sim.scene import Asset, Block
-from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, TaskStatus, falling, register_task
-from vla_rl.sim.tasks.waypoints import grasp, make_plan, release
+from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, TaskStatus, falling, register_task, stage_of
+from vla_rl.sim.tasks.waypoints import LIFTED, grasp, grasped, held, make_plan, release
 from vla_rl.sim.view import SceneView, pick
 
 BLOCKS: tuple[str, ...] = ("block0", "block1", "block2")
@@ -37,6 +37,7 @@ class Stack:
 
     name = "stack"
     max_episode_steps = 120
+    stage_names = ("reached", "grasped", "lifted", "over the base", "stacked")
     goal_names = ("top_x", "top_y", "top_z", "base_x", "base_y", "base_z")
     let_go = 0.035  # m from the fingertip to the upper block
     still = 0.05  # m/s
@@ -70,9 +71,12 @@ class Stack:
         block = pick(blocks, top)
         near = falling(torch.linalg.vector_norm(view.tip_pos - block, dim=1), 0.2)
         there = falling(torch.linalg.vector_norm(block - goal, dim=1), 0.2)
-        lifted = ((block[:, 2] - HALF) / (2 * HALF)).clamp(0.0, 1.0)
+        up = block[:, 2] - HALF
+        lifted = (up / (2 * HALF)).clamp(0.0, 1.0)
         progress = torch.where(success, 1.0, 0.2 * near + 0.2 * lifted + 0.5 * there)
-        return TaskStatus(success & ~failure, failure, progress)
+        over = (up > LIFTED) & (torch.linalg.vector_norm((block - goal)[:, :2], dim=1) < HALF)
+        stage = stage_of(grasped(view, block), held(view, block, HALF), up > LIFTED, over, success)
+        return TaskStatus(success & ~failure, failure, progress, stage=stage)
 
     def goal(self, view: SceneView, variables: Mapping[str, Tensor]) -> Tensor:
         blocks = view.object_positions(BLOCKS)

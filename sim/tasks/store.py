@@ -9,9 +9,19 @@ from torch import Tensor
 
 from vla_rl.sim.language import BLOCK_NOUNS, DRAWER_NOUNS, OOD_BLOCK_NOUNS, OOD_DRAWER_NOUNS
 from vla_rl.sim.scene import Asset, Block
-from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, Region, TaskStatus, falling, register_task
-from vla_rl.sim.tasks.drawer import HALF_WIDTH, OPENED, SHUT, cabinet_poses, cabinets, pull_open, push_shut
-from vla_rl.sim.tasks.waypoints import JAW_STEPS, OPEN, Waypoint, at_height, grasp, make_plan, release, shifted
+from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, Region, TaskStatus, falling, register_task, stage_of
+from vla_rl.sim.tasks.drawer import (
+    AT_HANDLE,
+    CLUTTER_REGIONS,
+    HALF_WIDTH,
+    OPENED,
+    SHUT,
+    cabinet_poses,
+    cabinets,
+    pull_open,
+    push_shut,
+)
+from vla_rl.sim.tasks.waypoints import JAW_STEPS, OPEN, Waypoint, at_height, grasp, held, make_plan, release, shifted
 from vla_rl.sim.view import SceneView, pick
 
 DRAWERS: tuple[str, ...] = ("drawer0", "drawer1")
@@ -45,6 +55,8 @@ class Store:
 
     name = "store"
     max_episode_steps = 200
+    stage_names = ("handle reached", "drawer open", "block grasped", "block in the drawer", "shut")
+    clutter_regions = CLUTTER_REGIONS
     goal_names = ("handle_x", "handle_y", "handle_z", "opening", "block_x", "block_y", "block_z", "sub_goal")
 
     def assets(self) -> Sequence[Asset]:
@@ -84,7 +96,15 @@ class Store:
         sub_goal = torch.where(stored & (sub_goal > 0), 2, sub_goal)
         sub_goal = torch.where(success, NUM_SUB_GOALS, sub_goal)
         progress = (sub_goal + self._next_progress(view, variables, sub_goal)) / NUM_SUB_GOALS
-        return TaskStatus(success & ~failure, failure, progress, {"sub_goal": sub_goal})
+        block = pick(view.object_positions(BLOCKS), variables["block"])
+        stage = stage_of(
+            torch.linalg.vector_norm(view.tip_pos - _handle(view, variables), dim=1) < AT_HANDLE,
+            sub_goal >= 1,
+            (sub_goal >= 1) & held(view, block, HALF),
+            sub_goal >= 2,
+            success,
+        )
+        return TaskStatus(success & ~failure, failure, progress, {"sub_goal": sub_goal}, stage)
 
     def goal(self, view: SceneView, variables: Mapping[str, Tensor]) -> Tensor:
         block = pick(view.object_positions(BLOCKS), variables["block"])

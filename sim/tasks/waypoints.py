@@ -13,6 +13,7 @@ from vla_rl.sim.view import SceneView
 
 OPEN, CLOSED = 1.0, -1.0
 CARRY = 0.6  # speed with a block between the jaws: a jerk makes it slip
+LIFTED = 0.02  # m that a block is above where it lay, for it to count as lifted
 JAW_STEPS = 5  # control steps that the jaws need to close on a block, or to let go of it
 
 
@@ -72,6 +73,11 @@ def grasped(view: SceneView, block: Tensor) -> Tensor:
     return torch.linalg.vector_norm(view.tip_pos - block, dim=1) < 0.03
 
 
+def held(view: SceneView, block: Tensor, half: float) -> Tensor:
+    """bool [N]: the jaws are closed on a block of side `2 * half` m, `block [N, 3]` its centre, turned or not."""
+    return grasped(view, block) & (view.gripper_opening < 2.8 * half)
+
+
 def grasp(view: SceneView, block: Tensor, *, hover: float = 0.09, lift: float = 0.14) -> list[Waypoint]:
     """Go above a block (`block [N, 3]` its centre), down around it, close the jaws, and lift the fingertip to z =
     `lift` m. Four phases."""
@@ -101,6 +107,6 @@ def release(view: SceneView, block: Tensor, goal: Tensor, *, drop: float, travel
 
 
 __all__ = [
-    "CARRY", "CLOSED", "JAW_STEPS", "OPEN", "Waypoint", "at_height", "grasp", "grasped", "make_plan", "over", "release",
-    "shifted",
+    "CARRY", "CLOSED", "JAW_STEPS", "LIFTED", "OPEN", "Waypoint", "at_height", "grasp", "grasped", "held", "make_plan",
+    "over", "release", "shifted",
 ]  # fmt: skip
