@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,20 +15,28 @@ import tyro
 
 from vla_rl.cli import UsageError
 from vla_rl.configs import RECIPES, get_recipe
+from vla_rl.configs.suites import SUITES, get_suite, list_suites
 from vla_rl.doctor import run_doctor
 from vla_rl.evaluation.compare import compare
+from vla_rl.evaluation.eval_report import write_eval_report
+from vla_rl.evaluation.harness import describe_precision, run_suite
+from vla_rl.evaluation.journal import JOURNAL_FILE
+from vla_rl.evaluation.policies import Actor, Expert, StoredPolicy, actor_of
 from vla_rl.evaluation.result import EvalResult
+from vla_rl.evaluation.stopping import StopRule
+from vla_rl.evaluation.suite import Suite, with_fields, with_known_fields
+from vla_rl.evaluation.workers import HarnessConfig
 from vla_rl.policies.checkpoints.openvla import OpenVLAOptions
 from vla_rl.real_robot.deploy_config import CAMERA_HZ, DeployConfig, TabletopScene
 from vla_rl.serving.config import RemoteConfig, ServerConfig, read_api_key, require_serving
-from vla_rl.train.check import check_recipe
+from vla_rl.train.check import check_recipe, device_named, device_of
 from vla_rl.train.distributed import join_learners, learner, leave_learners, wait_for_all
 from vla_rl.train.offpolicy import OffPolicyConfig
 from vla_rl.train.pipeline import run_pipeline, write_run_report
 from vla_rl.train.ray_learners import LearnersConfig, run_learners
 from vla_rl.train.recipe import Recipe
-from vla_rl.train.run_folder import CONFIG_FILE, open_run_folder, read_config
-from vla_rl.train.stages import evaluate_and_film, evaluate_stage, fine_tune, record_demos, reinforce
+from vla_rl.train.run_folder import CONFIG_FILE, open_run_folder, read_config, write_provenance
+from vla_rl.train.stages import best_of, fine_tune, harness_config, record_demos, reinforce, suite_of
 
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
 _UNSET: Any = tyro.MISSING
@@ -205,52 +214,142 @@ def train_command(argv: list[str]) -> int:
 
 # -------------------------------------------------------------------------------------------------------- evaluation
 @dataclass(frozen=True)
+class StopOptions:
+    """End a case early, by an interval that holds at every number of episodes. half_width: it is no wider than plus or
+    minus this. above, below: the rate is surely above or below this. None of them: all episodes are run."""
+
+    half_width: float | None = None
+    above: float | None = None
+    below: float | None = None
+    confidence: float = 0.95
+
+    def rule(self) -> StopRule | None:
+        if self.half_width is None and self.above is None and self.below is None:
+            return None
+        return StopRule(self.half_width, self.above, self.below, self.confidence)
+
+
+@dataclass(frozen=True)
 class EvalOptions:
-    """out: where the episodes, rates and videos go. remote: of a policy behind a server."""
+    """out: folder of episodes, rates, videos and report. resume: go on with what was interrupted there. workers:
+    processes; they change the speed alone. remote: of a policy behind a server."""
 
     recipe: RecipeFields
     out: Path = _UNSET
+    resume: bool = False
+    workers: int = 1
+    stop: StopOptions = field(default_factory=StopOptions)
     remote: RemoteConfig = field(default_factory=RemoteConfig)
 
 
+@dataclass(frozen=True)
+class EvalSuiteOptions:
+    """out: folder of episodes, rates, videos and report. resume: go on with what was interrupted there. episodes: of
+    each case, instead of the suite's number; then it is another suite, of another hash. cameras, image_size,
+    privileged_state: what the policy sees; default is what a policy of ours was made for, else the suite's.
+    execution_horizon: control steps of each chunk that are executed; default is that of the run that the policy lies
+    in, else all. num_envs, workers (processes), sim_workers (of simulators in processes of their own): change the speed
+    alone. policy_batch_size, noise_seed: part of the protocol. remote: of a policy behind a server."""
+
+    out: Path = _UNSET
+    resume: bool = False
+    episodes: int | None = None
+    cameras: tuple[str, ...] | None = None
+    image_size: int | None = None
+    privileged_state: bool | None = None
+    execution_horizon: int | None = None
+    num_envs: int = 16
+    workers: int = 1
+    sim_workers: int | None = None
+    policy_batch_size: int = 32
+    noise_seed: int = 0
+    num_videos: int = 2
+    video_speed: float = 0.5
+    device: str = "auto"
+    torch_threads: int = 1
+    stop: StopOptions = field(default_factory=StopOptions)
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
+
+    def config(self, execution_horizon: int | None) -> HarnessConfig:
+        return HarnessConfig(
+            num_envs=self.num_envs,
+            workers=self.workers,
+            execution_horizon=execution_horizon if self.execution_horizon is None else self.execution_horizon,
+            policy_batch_size=self.policy_batch_size,
+            noise_seed=self.noise_seed,
+            num_videos=self.num_videos,
+            video_speed=self.video_speed,
+            stop=self.stop.rule(),
+        )
+
+
 def eval_command(argv: list[str]) -> int:
-    """Success of a stored policy, or of one behind a server (`--policy ws://host:port`). Its recipe is that of the run
-    it lies in, or the one after `--recipe`."""
-    folder, rest = _take(argv, "--policy")
+    """Success of any policy: a folder, `ws://host:port`, `expert`, or `module:function`. The episodes are those of a
+    suite, or of a recipe; without either, of the recipe of the run that the policy lies in."""
+    policy, rest = _take(argv, "--policy")
+    suite, rest = _take(rest, "--suite")
     name, rest = _take(rest, "--recipe")
-    if folder is None:
-        raise UsageError("eval: name the folder of a policy, or the address of a server, with --policy")
-    url = folder if folder.startswith(("ws://", "wss://")) else None
-    if url and name is None:
-        raise UsageError(f"eval: {url} lies in no run folder; name the recipe with --recipe ({', '.join(RECIPES)})")
-    recipe = get_recipe(name) if name is not None else _recipe_of(Path(folder))
-    o = _parse(EvalOptions(recipe), rest, f"eval --policy {folder}")
-    _set_threads(o.recipe)
-    if url is None:
-        if o.remote != RemoteConfig():
-            raise UsageError(f"eval: --remote.* is for a policy behind a server, {folder} is a folder")
-        result, _ = evaluate_stage(o.recipe, Path(folder), o.out, label=folder)
+    if suite == "list":
+        print(list_suites())
+        return 0
+    if policy is None:
+        raise UsageError(
+            "eval: name a policy with --policy: a folder, ws://host:port of a server, expert, or module:function"
+        )
+    if suite is not None and name is not None:
+        raise UsageError("eval: the episodes are those of a suite or of a recipe; leave --suite or --recipe out")
+    if suite is not None:
+        result = _eval_suite(policy, suite, rest)
     else:
-        result = _evaluate_remote(o, url)
+        if name is None and not Path(policy).is_dir():
+            known = f"--suite ({', '.join(SUITES)}) or --recipe ({', '.join(RECIPES)})"
+            raise UsageError(f"eval: {policy} lies in no run folder; say which episodes with {known}")
+        result = _eval_recipe(policy, get_recipe(name) if name is not None else _recipe_of(Path(policy)), rest)
     print(result.format_table())
     return 0
 
 
-def _evaluate_remote(o: EvalOptions, url: str) -> EvalResult:
-    """Rows that no environment needs are not sent: the policy's batch is no larger than their number."""
-    require_serving()
-    from vla_rl.serving.remote_policy import RemotePolicy
+def _eval_recipe(policy: str, recipe: Recipe, argv: list[str]) -> EvalResult:
+    o = _parse(EvalOptions(recipe), argv, f"eval --policy {policy}")
+    _set_threads(o.recipe)
+    actor = _actor(policy, str(device_of(o.recipe)), o.remote)
+    if isinstance(actor, Expert):
+        actor = Expert(best_of(o.recipe.demos.expert))
+    suite, evaluation = suite_of(o.recipe, o.recipe.evaluation), o.recipe.evaluation
+    config = harness_config(o.recipe, evaluation, workers=o.workers, stop=o.stop.rule())
+    return _evaluate(suite, actor, o.out, config, o.resume)
 
-    one = o.recipe.env.make(1, split="test")
-    one.close()
-    evaluation = o.recipe.evaluation
-    rows = min(evaluation.policy_batch_size, evaluation.num_envs, len(evaluation.seeds))
-    recipe = replace(o.recipe, evaluation=replace(evaluation, policy_batch_size=rows))
-    policy = RemotePolicy(url, one.spec, o.remote)
+
+def _eval_suite(policy: str, name: str, argv: list[str]) -> EvalResult:
+    o = _parse(EvalSuiteOptions(), argv, f"eval --policy {policy} --suite {name}")
+    torch.set_num_threads(o.torch_threads)
+    suite = get_suite(name)
+    if o.episodes is not None:
+        suite = replace(suite, cases=tuple(replace(case, num_episodes=o.episodes) for case in suite.cases))
+    recipe = _run_recipe(Path(policy)) if Path(policy).is_dir() else None
+    actor = _actor(policy, str(device_named(o.device)), o.remote)
+    seen = actor.seen() if isinstance(actor, StoredPolicy) else {}
+    fields = {n: v for n in ("cameras", "image_size", "privileged_state") if (v := getattr(o, n)) is not None}
+    fields |= {"num_workers": o.sim_workers} if o.sim_workers is not None else {}
+    suite = with_fields(with_known_fields(suite, seen), fields)
+    config = o.config(None if recipe is None else recipe.train.execution_horizon)
+    return _evaluate(suite, actor, o.out, config, o.resume)
+
+
+def _actor(policy: str, device: str, remote: RemoteConfig) -> Actor:
     try:
-        return evaluate_and_film(recipe, policy, o.out, label=url)[0]
-    finally:
-        policy.close()
+        return actor_of(policy, device=device, remote=remote)
+    except ValueError as error:
+        raise UsageError(f"eval: {error}") from error
+
+
+def _evaluate(suite: Suite, actor: Actor, out: Path, config: HarnessConfig, resume: bool) -> EvalResult:
+    print(describe_precision(suite), file=sys.stderr)
+    if not (out / JOURNAL_FILE).exists():
+        write_provenance(out)
+    result = run_suite(suite, actor, out, config, resume=resume)
+    print(f"report: {write_eval_report(out, suite.criterion)}", file=sys.stderr)
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------- serving
@@ -477,11 +576,18 @@ def _parse_with_recipe(options: Any, argv: list[str], command: str) -> Any:
 
 def _recipe_of(policy: Path, command: str = "eval") -> Recipe:
     """The recipe of the run that a policy folder lies in."""
+    recipe = _run_recipe(policy)
+    if recipe is not None:
+        return recipe
+    raise UsageError(f"{command}: {policy} lies in no run folder; name the recipe with --recipe ({', '.join(RECIPES)})")
+
+
+def _run_recipe(policy: Path) -> Recipe | None:
     for folder in policy.resolve().parents:
         file = folder / CONFIG_FILE
         if file.is_file() and (folder / "provenance.json").is_file():
             return read_config(folder, Recipe)
-    raise UsageError(f"{command}: {policy} lies in no run folder; name the recipe with --recipe ({', '.join(RECIPES)})")
+    return None
 
 
 def _set_threads(recipe: Recipe) -> None:

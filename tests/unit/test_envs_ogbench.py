@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from vla_rl.envs.config import demo_env
+from vla_rl.envs.experts import make_expert
 from vla_rl.envs.ogbench import OGBenchConfig, make_ogbench
 from vla_rl.envs.ogbench_expert import CubeOracle, CubeOracleConfig
 from vla_rl.envs.remote_expert import RemoteExpertConfig
-from vla_rl.train.stages import make_expert
 
 
 @pytest.fixture(scope="module")

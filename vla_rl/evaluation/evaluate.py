@@ -356,6 +356,8 @@ class _Run:
             "control_hz": spec.control_hz,
             "max_episode_steps": limit,
         }
+        if names := getattr(self._inner, "stage_names", ()):
+            self.measured["stage_names"] = list(names)
 
     def play(
         self,

@@ -244,8 +244,12 @@ class EvalResult:
         return EvalResult(episodes, {**common, **parts}, sum(result.wall_s for result in results))
 
     def format_table(self) -> str:
-        """A text table: one line a task and one for all."""
-        rows = [*self.per_task.items(), ("all", self.summary)] if len(self.per_task) > 1 else [*self.per_task.items()]
+        """A text table: one line a task and condition, and one for all."""
+        groups: dict[str, list[Episode]] = {}
+        for e in self.episodes:
+            groups.setdefault(f"{e.task} {e.condition}".strip(), []).append(e)
+        rows = [(name, Summary.of(group)) for name, group in groups.items()]
+        rows += [("all", self.summary)] if len(rows) > 1 else []
         width = max(len("task"), *(len(task) for task, _ in rows))
         lines = [
             f"{'task':{width}}  {'n':>5}  {'success once':22}  {'success at end':22}  {'length':>7}  {'return':>8}"

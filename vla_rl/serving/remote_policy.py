@@ -23,6 +23,8 @@ class RemotePolicy:
     an observation of this environment.
     """
 
+    rows_are_independent = True  # so an evaluation sends no row twice
+
     def __init__(self, url: str, spec: EnvSpec, config: RemoteConfig | None = None) -> None:
         self._config = config or RemoteConfig()
         if self._config.num_sessions < 1:

@@ -30,11 +30,16 @@ from vla_rl.train.recipe import Recipe
 
 def device_of(recipe: Recipe) -> torch.device:
     """Raises ValueError where the recipe wants a GPU and there is none."""
-    if recipe.device == "auto":
+    return device_named(recipe.device)
+
+
+def device_named(name: str) -> torch.device:
+    """ "auto" is a GPU where there is one. Raises ValueError where a GPU is wanted and there is none."""
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(recipe.device)
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {recipe.device!r}, and torch sees no GPU; use --device auto")
+        raise ValueError(f"device is {name!r}, and torch sees no GPU; use --device auto")
     return device
 
 
@@ -104,4 +109,4 @@ def check_policy(recipe: Recipe, policy: Any, spec: EnvSpec) -> None:
     build_learner(sampler, without_demos, step_weighting=train.step_weighting)
 
 
-__all__ = ["check_policy", "check_recipe", "device_of"]
+__all__ = ["check_policy", "check_recipe", "device_named", "device_of"]

@@ -178,18 +178,11 @@ def _policies(run_dir: Path) -> dict[str, Path]:
 
 
 def _evaluate_all(recipe: Recipe, run_dir: Path, policies: Mapping[str, Path]) -> None:
-    """The same episodes for all; recordings are listed beside the results."""
+    """The same episodes for all."""
     for who, folder in policies.items():
-        out = run_dir / "evaluation" / who
-        _, recordings = evaluate_stage(recipe, folder, out, label=who)
-        films = [
-            {"seed": r.seed, "path": str(r.path.relative_to(run_dir)), "instruction": r.instruction,
-             "success": r.success, "num_frames": r.num_frames}
-            for r in recordings.values()
-        ]  # fmt: skip
-        atomic_write_json(out / "recordings.json", {"recordings": films})
+        evaluate_stage(recipe, folder, run_dir / "evaluation" / who, label=who)
     if "rl" in policies:
-        evaluate_expert(recipe, recipe.evaluation).save(run_dir / "evaluation" / "expert")
+        evaluate_expert(recipe, recipe.evaluation, run_dir / "evaluation" / "expert")
 
 
 def _results(run_dir: Path) -> dict[str, EvalResult]:
@@ -206,8 +199,14 @@ def _summarise(run_dir: Path, stages: Stages, report_s: float) -> dict[str, Any]
 
 
 def _recordings(run_dir: Path, who: str) -> dict[int, Recording]:
-    listed = json.loads((run_dir / "evaluation" / who / "recordings.json").read_text())["recordings"]
-    return {r["seed"]: Recording(**(r | {"path": run_dir / r["path"]})) for r in listed}
+    """Of the first task, by seed."""
+    folder = run_dir / "evaluation" / who
+    episodes = EvalResult.load(folder).episodes
+    return {
+        e.seed: Recording(e.seed, folder / e.video, e.instruction, e.success_once, e.length)
+        for e in episodes
+        if e.video and e.task == episodes[0].task
+    }
 
 
 def write_run_report(run_dir: Path) -> Path:

@@ -10,10 +10,7 @@ from typing import Literal
 
 from vla_rl.data.demos import Keep
 from vla_rl.envs.config import AnyEnvConfig, EnvConfig
-from vla_rl.envs.gym import FunctionExpertConfig
-from vla_rl.envs.ogbench_expert import CubeOracleConfig
-from vla_rl.envs.point_maze import WaypointConfig
-from vla_rl.envs.remote_expert import RemoteExpertConfig
+from vla_rl.envs.experts import AnyExpertConfig
 from vla_rl.policies.adaptation import AdaptationConfig
 from vla_rl.policies.build import PolicyConfig
 from vla_rl.policies.tiny import TinyVLAConfig
@@ -24,7 +21,6 @@ from vla_rl.train.loop import TrainConfig
 from vla_rl.train.offpolicy import OffPolicyConfig
 from vla_rl.train.sft import SFTConfig
 
-AnyExpertConfig = ExpertConfig | WaypointConfig | FunctionExpertConfig | RemoteExpertConfig | CubeOracleConfig
 Normalization = Literal["mean_std", "quantiles", "min_max", "identity"]
 
 

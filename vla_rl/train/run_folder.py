@@ -85,12 +85,18 @@ def open_run_folder(
             )
         atomic_write_json(path / CONFIG_FILE, config_to_dict(config))
         return path
+    write_provenance(path, origin)
+    atomic_write_json(path / CONFIG_FILE, config_to_dict(config))
+    return path
+
+
+def write_provenance(path: Path, origin: Mapping[str, Any] | None = None) -> None:
+    """Write `provenance.json`, with `origin` in it, and `source.diff` into the folder `path`."""
+    path.mkdir(parents=True, exist_ok=True)
     revision = describe_source()
     atomic_write(path / DIFF_FILE, revision.pop("diff").encode())
     provenance = {"command": shlex.join(["vla-rl", *sys.argv[1:]]), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    atomic_write_json(path / PROVENANCE_FILE, provenance | origin | revision | describe_machine())
-    atomic_write_json(path / CONFIG_FILE, config_to_dict(config))
-    return path
+    atomic_write_json(path / PROVENANCE_FILE, provenance | dict(origin or {}) | revision | describe_machine())
 
 
 def read_config(path: str | Path, config_class: type[ConfigT]) -> ConfigT:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,16 @@ from vla_rl.data.demos import DemoSummary, collect_demos
 from vla_rl.data.lerobot_format import DatasetError, atomic_write_json, read_json
 from vla_rl.data.lerobot_reader import LeRobotDataset
 from vla_rl.data.normalization import Normalizer
-from vla_rl.envs.config import AnyEnvConfig, EnvConfig, demo_env, without_cameras
-from vla_rl.envs.gym import FunctionExpert, FunctionExpertConfig
-from vla_rl.envs.libero import LiberoConfig
-from vla_rl.envs.ogbench_expert import CubeOracle, CubeOracleConfig
-from vla_rl.envs.point_maze import WaypointConfig, WaypointExpert
-from vla_rl.envs.remote_expert import RemoteExpert, RemoteExpertConfig
+from vla_rl.envs.config import EnvConfig, demo_env
+from vla_rl.envs.experts import AnyExpertConfig, make_expert
+from vla_rl.envs.gym import FunctionExpertConfig
 from vla_rl.envs.task_mix import make_task_mix
 from vla_rl.envs.vector import ChunkedEnv
-from vla_rl.evaluation.evaluate import Labels, evaluate, evaluate_controller
+from vla_rl.evaluation.harness import HarnessConfig, run_suite
+from vla_rl.evaluation.policies import Expert, ReadyPolicy, StoredPolicy
 from vla_rl.evaluation.result import EvalResult
+from vla_rl.evaluation.stopping import StopRule
+from vla_rl.evaluation.suite import Suite, SuiteCase, protocol_of
 from vla_rl.onpolicy.ppo import PPOConfig
 from vla_rl.policies.adaptation import apply_adaptation
 from vla_rl.policies.build import build_policy
@@ -30,32 +29,17 @@ from vla_rl.policies.checkpoints.adapt import adapt
 from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.load_any import layout_of, load_any
 from vla_rl.policies.checkpoints.native import read_description, save_policy
-from vla_rl.rollout.recorder import EpisodeRecorder, Recording
-from vla_rl.sim.experts import ScriptedExpert
 from vla_rl.train.check import check_policy, device_of
 from vla_rl.train.demo_source import DatasetDemos
 from vla_rl.train.loop import TrainConfig, TrainResult, run_training
 from vla_rl.train.offpolicy import OffPolicyConfig
 from vla_rl.train.offpolicy_stages import build_learner, reinforce_from_replay
 from vla_rl.train.progress_demos import label_demos
-from vla_rl.train.recipe import AnyExpertConfig, EvalConfig, Recipe
+from vla_rl.train.recipe import EvalConfig, Recipe
 from vla_rl.train.sft import DatasetSampler, SFTResult, run_sft
 
 _CURVE_EPISODES = 64
 _CURVE_FIRST_SEED = 10**9  # the curve's episodes are none of the final evaluation's
-
-
-def make_expert(
-    env: ChunkedEnv, config: AnyExpertConfig
-) -> ScriptedExpert | WaypointExpert | FunctionExpert | RemoteExpert | CubeOracle:
-    """Who demonstrates in `env`. Raises TypeError where it is an expert of other environments."""
-    if isinstance(config, FunctionExpertConfig):
-        return FunctionExpert(env, config)
-    if isinstance(config, RemoteExpertConfig):
-        return RemoteExpert(env, config)
-    if isinstance(config, CubeOracleConfig):
-        return CubeOracle(env, config)
-    return WaypointExpert(env, config) if isinstance(config, WaypointConfig) else ScriptedExpert(env, config)
 
 
 def record_demos(recipe: Recipe, path: Path) -> DemoSummary:
@@ -251,100 +235,64 @@ def _curve_metrics(recipe: Recipe, policy: Any) -> dict[str, float]:
     return {"eval/success_rate": rate.rate, "eval/success_rate_low": rate.low, "eval/success_rate_high": rate.high}
 
 
+def suite_of(recipe: Recipe, config: EvalConfig) -> Suite:
+    """The episodes of a recipe's evaluation, as a suite."""
+    cases = tuple(
+        SuiteCase(
+            task=task,
+            env=recipe.env,
+            split=config.split,
+            num_episodes=config.num_episodes,
+            first_seed=config.first_seed,
+        )
+        for task in config.tasks or (recipe.env.task,)
+    )
+    return Suite("recipe", version=1, cases=cases, protocol=protocol_of(recipe.env, config.split))
+
+
+def harness_config(
+    recipe: Recipe, config: EvalConfig, *, workers: int = 1, stop: StopRule | None = None
+) -> HarnessConfig:
+    """How a recipe's evaluation is run."""
+    return HarnessConfig(
+        num_envs=config.num_envs,
+        workers=workers,
+        execution_horizon=recipe.train.execution_horizon,
+        policy_batch_size=config.policy_batch_size,
+        noise_seed=config.noise_seed,
+        num_videos=config.num_videos,
+        video_speed=config.video_speed,
+        stop=stop,
+    )
+
+
 def evaluate_policy(
-    recipe: Recipe,
-    policy: Any,
-    config: EvalConfig,
-    *,
-    recorders: Sequence[EpisodeRecorder] = (),
-    folder: Path | None = None,
-    progress: bool = True,
-    label: str = "",
+    recipe: Recipe, policy: Any, config: EvalConfig, *, progress: bool = True, label: str = ""
 ) -> EvalResult:
-    """All tasks of `config`, one after the other. `recorders`: one a task, or none. `folder`: of the result."""
-    results = []
-    for i, task in enumerate(config.tasks or (recipe.env.task,)):
-        result = evaluate(
-            policy,
-            _maker(recipe, config, task),
-            config.seeds,
-            execution_horizon=recipe.train.execution_horizon,
-            num_envs=config.num_envs,
-            policy_batch_size=config.policy_batch_size,
-            noise_seed=config.noise_seed,
-            record=recorders[i] if recorders else None,
-            labels=Labels(initial_state=initial_state(recipe.env, config.split), folder=folder),
-            config={"policy": label} | _protocol(recipe, config),
-            progress=progress,
-        )
-        results.append(result)
-    return results[0] if len(results) == 1 else EvalResult.merge(results)
+    """A policy that is here already, on all tasks of `config`; nothing is written."""
+    suite = suite_of(recipe, config)
+    return run_suite(suite, ReadyPolicy(policy, label), None, harness_config(recipe, config), progress=progress)
 
 
-def _protocol(recipe: Recipe, config: EvalConfig) -> dict[str, Any]:
-    """What decides an episode beside its seed: two evaluations that differ here are not of the same episodes."""
-    env = config_to_dict(recipe.env)
-    without = ("task", "num_threads", "num_workers", "device", "demo_start")
-    return {"split": config.split} | {name: env[name] for name in env if name not in without}
-
-
-def _maker(recipe: Recipe, config: EvalConfig, task: str) -> Callable[[int], ChunkedEnv]:
-    return lambda n: recipe.env.make(n, split=config.split, task=task)
-
-
-def initial_state(env: AnyEnvConfig, split: str) -> Callable[[int], str]:
-    """Names the initial state of a seed's episode: LIBERO's number of it, elsewhere the seed."""
-    if not isinstance(env, LiberoConfig):
-        return str
-    ids = env.init_state_ids(split)
-    return lambda seed: str(ids[seed % len(ids)])
-
-
-def evaluate_expert(recipe: Recipe, config: EvalConfig) -> EvalResult:
+def evaluate_expert(recipe: Recipe, config: EvalConfig, out: Path) -> EvalResult:
     """The scripted expert at its best on the same episodes: the upper end of a report."""
-    blind, expert = replace(recipe, env=without_cameras(recipe.env)), recipe.demos.expert
-    best = replace(expert, action_noise=0.0) if isinstance(expert, FunctionExpertConfig) else type(expert)()
-    results = [
-        evaluate_controller(
-            _maker(blind, config, task),
-            lambda env: make_expert(env, best),
-            config.seeds,
-            num_envs=config.num_envs,
-            labels=Labels(initial_state=initial_state(recipe.env, config.split)),
-            config={"policy": "expert"} | _protocol(recipe, config),
-        )
-        for task in config.tasks or (recipe.env.task,)
-    ]
-    return results[0] if len(results) == 1 else EvalResult.merge(results)
+    actor, harness = Expert(best_of(recipe.demos.expert)), harness_config(recipe, replace(config, num_videos=0))
+    return run_suite(suite_of(recipe, config), actor, out, harness, resume=True)
 
 
-def evaluate_stage(
-    recipe: Recipe, policy_folder: Path, out: Path, *, label: str
-) -> tuple[EvalResult, dict[int, Recording]]:
-    """Evaluate a stored policy, save the result in `out` and its videos in `out/videos`.
-
-    Returns the result and the recordings of the first task, by seed.
-    """
-    one = recipe.env.make(1, split="test")
-    one.close()
-    return evaluate_and_film(recipe, load_for(recipe, policy_folder, one.spec), out, label=label)
+def best_of(expert: AnyExpertConfig) -> AnyExpertConfig:
+    """The same expert without the clumsiness of demonstrations."""
+    return replace(expert, action_noise=0.0) if isinstance(expert, FunctionExpertConfig) else type(expert)()
 
 
-def evaluate_and_film(recipe: Recipe, policy: Any, out: Path, *, label: str) -> tuple[EvalResult, dict[int, Recording]]:
-    """`evaluate_stage` of a policy that is there already."""
+def evaluate_stage(recipe: Recipe, policy_folder: Path, out: Path, *, label: str) -> EvalResult:
+    """Evaluate a stored policy; result and videos lie in `out`, and an evaluation that was killed there goes on."""
+    actor = StoredPolicy(policy_folder, str(device_of(recipe)), label)
     config = recipe.evaluation
-    filmed = list(config.seeds)[: config.num_videos]
-    recorders = [
-        EpisodeRecorder(out / "videos" / task, filmed, recipe.env.control_hz, speed=config.video_speed)
-        for task in config.tasks or (recipe.env.task,)
-        if filmed
-    ]
-    result = evaluate_policy(recipe, policy, config, recorders=recorders, folder=out, label=label)
-    result.save(out)
-    return result, dict(recorders[0].recordings) if recorders else {}
+    return run_suite(suite_of(recipe, config), actor, out, harness_config(recipe, config), resume=True)
 
 
 __all__ = [
-    "evaluate_and_film", "evaluate_expert", "evaluate_policy", "evaluate_stage", "fine_tune", "load_for", "make_expert",
-    "record_demos", "reinforce", "save_untrained",
+    "best_of", "evaluate_expert", "evaluate_policy", "evaluate_stage", "fine_tune", "harness_config", "load_for",
+    "record_demos", "reinforce", "save_untrained", "suite_of",
 ]  # fmt: skip
