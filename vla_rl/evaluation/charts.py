@@ -80,6 +80,20 @@ def rate_bar(rate: Rate, style: str) -> str:
     )
 
 
+def sparkline(values: Sequence[float]) -> str:
+    """Rates from 0 to 1 in order, for the cell of a table; a screen reader hears the first and the last."""
+    width, height = 120.0, 28.0
+    step = width / max(1, len(values) - 1)
+    line = _points([(i * step, (1 - min(max(y, 0.0), 1.0)) * (height - 3) + 1.5) for i, y in enumerate(values)])
+    said = f"from {values[0]:.0%} to {values[-1]:.0%}"
+    return (
+        f'<svg class="spark" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{said}" '
+        'xmlns="http://www.w3.org/2000/svg">'
+        f'<rect class="track" width="{width:g}" height="{height:g}" rx="2"/>'
+        f'<polyline class="curve s-trained" points="{line}"/></svg>'
+    )
+
+
 def line_chart(series: Sequence[Series], title: str, *, x_label: str, percent: bool = False) -> str:
     """Curves with their bands, axes with round ticks, and each curve's name at its right end.
 

@@ -166,7 +166,7 @@ def curves_section(curves: Sequence[Curve], panels: Sequence[Panel] = PANELS) ->
 def curve_series(curve: Curve, panel: Panel, runs: Sequence[Sequence[Metrics]]) -> Series | None:
     """One line of a chart from the metrics of one run, or of several that differ in their seed. With several, at the
     iterations that all of them have: a mean over fewer seeds would bend where a run ended. None without the metric."""
-    found = [_points_of(panel, rows) for rows in runs]
+    found = [metric_points(panel, rows) for rows in runs]
     if not found or any(not rows for _, rows in found):
         return None
     if len(found) == 1:
@@ -186,7 +186,7 @@ def curve_series(curve: Curve, panel: Panel, runs: Sequence[Sequence[Metrics]]) 
     return Series(label, curve.role, tuple(shared), tuple(values.mean(axis=0).tolist()), band)
 
 
-def _points_of(panel: Panel, rows: Sequence[Metrics]) -> tuple[str, list[Metrics]]:
+def metric_points(panel: Panel, rows: Sequence[Metrics]) -> tuple[str, list[Metrics]]:
     """The metric of a panel, and the rows that have a finite value of it."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     key = next((name for pattern in panel.patterns for name in names if _matches(name, pattern)), None)
