@@ -26,11 +26,30 @@ def first_of(actions: list[np.ndarray | None]) -> list[float | None]:
 
 def test_async_skips_what_is_past_and_starves_at_the_end() -> None:
     b = broker("async")
-    assert b.action_at(5.0) is None
-    assert b.offer(chunk(0), observed_at=5.0, sequence=0, now=5.3)
-    assert first_of([b.action_at(5.0 + k / HZ) for k in range(3, 9)]) == [3, 4, 5, 6, 7, None]
+    assert b.action_at(4.9) is None
+    b.offer(chunk(0), observed_at=5.0, sequence=0, now=5.0)
+    assert first_of([b.action_at(5.0 + k / HZ) for k in range(3)]) == [0, 1, 2]
+    assert b.offer(chunk(100), observed_at=5.0, sequence=1, now=5.3)
+    assert first_of([b.action_at(5.0 + k / HZ) for k in range(3, 9)]) == [103, 104, 105, 106, 107, None]
     assert b.counts.starved == 2
     assert b.remaining(5.9) == 0
+
+
+@pytest.mark.parametrize("mode", ["async", "ensemble", "rtc"])
+def test_an_arm_that_has_held_begins_with_the_first_action(mode: str) -> None:
+    b = broker(mode)
+    assert b.action_at(5.0) is None
+    b.offer(chunk(0), observed_at=5.0, sequence=0, now=5.3)  # it still stands where it was seen
+    assert first_of([b.action_at(5.3 + k / HZ) for k in range(9)]) == [0, 1, 2, 3, 4, 5, 6, 7, None]
+    b.offer(chunk(10), observed_at=6.0, sequence=1, now=6.2)  # captured while it moved: the plan ended at 6.1
+    assert first_of([b.action_at(6.2), *(b.action_at(6.3 + k / HZ) for k in range(6))]) == [12, *range(13, 18), None]
+    b.offer(chunk(20), observed_at=6.8, sequence=2, now=7.0)
+    assert first_of([b.action_at(7.0), b.action_at(7.1)]) == [20, 21]
+    b.flush(7.2)
+    b.offer(chunk(30), observed_at=7.25, sequence=3, now=7.4)
+    assert first_of([b.action_at(7.4)]) == [30]
+    b.flush(7.5)
+    assert not b.offer(chunk(40), observed_at=7.5, sequence=4, now=8.4)  # too old to act on, whatever the arm did
 
 
 def test_rounding_of_the_clock_repeats_no_action() -> None:
@@ -41,8 +60,8 @@ def test_rounding_of_the_clock_repeats_no_action() -> None:
 
 def test_async_follows_the_newest_chunk_at_its_own_time() -> None:
     b = broker("async")
-    b.offer(chunk(0), 0.0, 0, now=0.1)
-    assert b.action_at(0.2)[0] == 2
+    b.offer(chunk(0), 0.1, 0, now=0.1)
+    assert first_of([b.action_at(0.1), b.action_at(0.2)]) == [0, 1]
     b.offer(chunk(100), 0.1, 1, now=0.3)
     assert b.action_at(0.3)[0] == 102
 
@@ -56,6 +75,7 @@ def test_sync_begins_where_the_arm_stands_and_plays_the_execution_horizon() -> N
 def test_ensemble_weighs_by_age_oldest_most() -> None:
     b = broker("ensemble", ensemble_decay=0.5)
     b.offer(chunk(0), 0.0, 0, now=0.0)
+    b.action_at(0.0)
     b.offer(chunk(10), 0.1, 1, now=0.1)
     b.offer(chunk(20), 0.2, 2, now=0.2)
     w = np.exp(-0.5 * np.arange(3))
@@ -68,6 +88,7 @@ def test_ensemble_weighs_by_age_oldest_most() -> None:
 def test_late_duplicated_reordered_and_dropped_are_counted() -> None:
     b = broker("async")
     assert b.offer(chunk(0), 0.0, 3, now=0.1)
+    assert b.action_at(0.1)[0] == 0
     assert not b.offer(chunk(0), 0.0, 3, now=0.1)
     assert b.offer(chunk(0), 0.4, 6, now=0.5)  # 4 and 5 are missing
     assert b.counts.dropped == 2
@@ -94,7 +115,7 @@ def test_a_flush_forgets_the_plan_and_the_replies_under_way() -> None:
     assert b.action_at(0.2) is None
     assert not b.offer(chunk(0), 0.1, 1, now=0.3)
     assert b.offer(chunk(0), 0.3, 2, now=0.4)
-    assert b.action_at(0.4)[0] == 1
+    assert b.action_at(0.4)[0] == 0
 
 
 def test_prefix_and_delay_for_real_time_chunking() -> None:
@@ -102,6 +123,7 @@ def test_prefix_and_delay_for_real_time_chunking() -> None:
     assert b.prefix(0.0) is None
     assert b.delay_steps() == 0
     b.offer(chunk(0), 0.0, 0, now=0.12)
+    b.action_at(0.0)
     np.testing.assert_array_equal(b.prefix(0.5), chunk(5, 3))
     assert b.prefix(0.8) is None
     assert b.continuation(0.5)["delay"] == 2

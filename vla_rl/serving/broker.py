@@ -1,7 +1,8 @@
 """From action chunks that come late to one action for every control tick. numpy, no torch.
 
 A chunk's action i belongs to the time `observed_at + i * period` at which its observation was captured, and not to the
-time at which the reply came: what is past is skipped.
+time at which the reply came: what is past is skipped. But if the arm has held since then, as it does before its first
+chunk, it still stands where it was seen, and the chunk begins with action 0.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class ChunkBroker:
         self._seen: deque[int] = deque(maxlen=256)
         self._delays: deque[float] = deque(maxlen=config.num_delays)
         self._not_before = self._last_tick = -math.inf
+        self._holding_since: float | None = -math.inf  # None: the last tick had an action
 
     def offer(self, chunk: Actions, observed_at: float, sequence: int, now: float | None = None) -> bool:
         """Take a reply: actions [H, A] for the observation captured at `observed_at`, request number `sequence`, 0 or
@@ -90,10 +92,12 @@ class ChunkBroker:
             return False
         if now is not None:
             self._delays.append(now - observed_at)
-        sync = self.config.mode == "sync"  # the arm has waited, so the chunk begins where it stands
-        new = _Chunk(actions[: self.config.execution_horizon], None) if sync else _Chunk(actions, observed_at)
+        sync, since = self.config.mode == "sync", self._holding_since
+        waited = sync or (since is not None and observed_at >= since - _EPSILON / self.config.control_hz)
+        new = _Chunk(actions[: self.config.execution_horizon] if sync else actions, None if waited else observed_at)
+        aged = _Chunk(actions, None if sync else observed_at)  # too old to act on, though the arm may not have moved
         newest_tick = self._last_tick if now is None else now
-        if observed_at < self._not_before or self._index(new, newest_tick) >= len(new.actions):
+        if observed_at < self._not_before or self._index(aged, newest_tick) >= len(actions):
             self.counts.late += 1
             return False
         self.counts.accepted += 1
@@ -113,7 +117,9 @@ class ChunkBroker:
         self._chunks = [c for c in self._chunks if self._index(c, now) < len(c.actions)]
         if not due:
             self.counts.starved += 1
+            self._holding_since = now if self._holding_since is None else self._holding_since
             return None
+        self._holding_since = None
         if self.config.mode != "ensemble":
             return due[-1].copy()
         weight = np.exp(-self.config.ensemble_decay * np.arange(len(due)))
@@ -152,7 +158,7 @@ class ChunkBroker:
         """Forget what is planned (a human took over, an episode began), and count as late every reply to an observation
         captured before `now`."""
         self._chunks = []
-        self._not_before = now
+        self._not_before = self._holding_since = now
 
     def _index(self, chunk: _Chunk, now: float) -> int:
         """Of the chunk's action for the tick at `now`; negative before its start."""
