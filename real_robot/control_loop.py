@@ -44,7 +44,7 @@ class LoopConfig:
 
     prompt: str
     broker: BrokerConfig
-    max_picture_age_s: float = 0.12
+    max_picture_age_s: float = 0.08
     grace_s: float = 1.0
     start_tolerance: float = 0.3
     ramp_s: float = 1.0
@@ -71,8 +71,9 @@ def joints_and_gripper(state: ArmState) -> NDArray[np.float32]:
 @dataclass(frozen=True)
 class LoopParts:
     """What the loop runs. All connected already. `to_command`: an action [A] and the standing target to the next
-    target, as `ActionMapping.target`. `observe`: an arm's state to the policy's [S]. `on_tick`: sees every tick, and
-    must be quick."""
+    target; a ValueError of it stops the arm. `observe`: an arm's state to the policy's [S]. `policy_problem`: what is
+    wrong with the policy whether or not it owes a reply, "" for nothing. `on_tick`: sees every tick, and must be
+    quick."""
 
     arm: GuardedArm
     cameras: Sequence[Camera]
@@ -81,6 +82,7 @@ class LoopParts:
     observe: Callable[[ArmState], NDArray[np.float32]] = joints_and_gripper
     teleop: Teleop | None = None
     takeover: Takeover | None = None
+    policy_problem: Callable[[], str] = str
     on_tick: Callable[[Tick], object] | None = None
 
 
@@ -280,7 +282,7 @@ class ControlLoop:
                 continue
             stamp, since = self._changed.get(camera.name, (None, now))
             if picture.source_stamp_ns != stamp:
-                since = now
+                since = picture.stamp
             self._changed[camera.name] = (picture.source_stamp_ns, since)
             if now - picture.stamp > self.config.max_picture_age_s:
                 problem = f"camera {camera.name}: its picture is {now - picture.stamp:.3f} s old"
@@ -309,6 +311,7 @@ class ControlLoop:
         if reply.actions is None:
             self.report.failures += 1
             self._problem = reply.error
+            self.broker.flush(now)  # what is left of the plan is not worth moving for: hold
         else:
             self._problem = ""
             if self.broker.offer(reply.actions, reply.observed_at, reply.sequence, now):
@@ -339,15 +342,16 @@ class ControlLoop:
     def _policy(self, proposal: Actions | None, problem: str, control: Control, now: float) -> Command | None:
         """The policy's command; None to hold. Changes between RUN and HOLD, and stops after the grace time."""
         assert self._standing is not None
+        problem = problem or self.parts.policy_problem()
         age = self.config.max_plan_age_s
         if age is not None and now - self._planned_at > age:
             problem = problem or f"the policy's plan is {now - self._planned_at:.3f} s old"
         able = proposal is not None and not problem and control is Control.POLICY
         if self.mode is Mode.SHADOW:
-            return self.parts.to_command(proposal, self._standing) if proposal is not None else None
+            return None if proposal is None else self._command(proposal)
         if not able:
             if self.mode is Mode.RUN:
-                self.mode = self.parts.arm.fire(Event.HOLD, problem or "no action")
+                self.mode = self.parts.arm.fire(Event.HOLD, problem or self._problem or "no action")
                 self._held_since = now
             elif now - self._held_since > self.config.grace_s:
                 why = problem or self._problem or "the policy gives no actions"
@@ -357,7 +361,17 @@ class ControlLoop:
         if self.mode is Mode.HOLD:
             self.mode = self.parts.arm.fire(Event.RESUME)
             self._begin_ramp(now)
-        return self._ramped(self.parts.to_command(proposal, self._standing), now)
+        command = self._command(proposal)
+        return None if command is None else self._ramped(command, now)
+
+    def _command(self, proposal: Actions) -> Command | None:
+        """None where the policy's action is none: the arm is stopped then."""
+        assert self._standing is not None
+        try:
+            return self.parts.to_command(proposal, self._standing)
+        except ValueError as error:
+            self._stop(f"the policy's action is refused: {error}")
+            return None
 
     def _begin_ramp(self, now: float) -> None:
         assert self._standing is not None

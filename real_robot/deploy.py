@@ -62,7 +62,6 @@ class EpisodeRun:
     clamps: Counter[str] = field(default_factory=Counter)
     num_clamped: int = 0
     frames: list[NDArray[np.uint8]] = field(default_factory=list)
-    failed_at: float | None = None
 
     @property
     def over(self) -> bool:
@@ -73,8 +72,6 @@ class EpisodeRun:
         self.state = state
         if self.film and tick.pictures:
             self.frames.append(next(iter(tick.pictures.values())).image.copy())
-        if tick.reply is not None and tick.reply.actions is None and self.failed_at is None:
-            self.failed_at = tick.at
         if not self.over:
             self.steps += tick.wanted is not None
             self.clamps.update(tick.clamps)
@@ -152,7 +149,7 @@ class Deployment:
         supervisor = SupervisorConfig(safety, timeout_s=config.silence_s, linger_s=0.0)
         self._guarded = stack.enter_context(SupervisorClient.start(make_arm, supervisor))
         self._arm = TabletopArm(self._guarded, scene.control)
-        self._served = ServedActions(ServerConfig(url, timeout_s=config.reply_s))
+        self._served = ServedActions(ServerConfig(url, timeout_s=config.reply_s, heartbeat_s=config.heartbeat_s))
         stack.callback(self._served.close)
         check_server(self._served.metadata, self._arm.action, config.mode)
         self._inference = Inference(self._served)
@@ -193,6 +190,7 @@ class Deployment:
             inference=self._inference,
             to_command=self._arm.target,
             observe=self._arm.observe,
+            policy_problem=self._served.problem,
             on_tick=lambda tick: self._on_tick(tick, run, loop, log),
         )
         loop = ControlLoop(parts, self._loop_config(state.instruction))
@@ -234,8 +232,6 @@ class Deployment:
     def _on_tick(self, tick: Tick, run: EpisodeRun, loop: ControlLoop, log: RobotLog) -> None:
         log.write(tick)
         run.add(tick, self._twin.state())
-        if run.failed_at == tick.at:
-            loop.broker.flush(tick.at)  # what is left of the plan is not worth moving for: hold
         if run.over:
             loop.finish()
 

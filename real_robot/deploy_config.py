@@ -24,6 +24,7 @@ class DeployConfig:
     to the simulator's servos, an arm on a table wants 1. `max_state_age_s`: see `SafetyConfig`. `max_picture_age_s`,
     `max_plan_age_s` (but in mode sync, where the arm waits), `grace_s`: see `LoopConfig`. `silence_s`: a control loop
     that is silent for longer is taken for dead by the supervisor. `reply_s`: the longest wait for the policy.
+    `heartbeat_s`: the longest wait for its server to answer a ping, see `PolicyClient`.
     `num_videos`: of the first episodes.
     """
 
@@ -36,11 +37,12 @@ class DeployConfig:
     speed_scale: float = 1.0
     periods_ahead: float = 0.2
     max_state_age_s: float = 0.1
-    max_picture_age_s: float = 0.15
+    max_picture_age_s: float = 0.08
     max_plan_age_s: float = 0.2
     grace_s: float = 1.0
-    silence_s: float = 0.15
+    silence_s: float = 0.12
     reply_s: float = 0.5
+    heartbeat_s: float = 0.06
     num_videos: int = 3
 
     def __post_init__(self) -> None:

@@ -89,17 +89,20 @@ class Inference:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """A policy server. `retry_s`: between tries to connect again."""
+    """A policy server. `heartbeat_s`: see `PolicyClient`; pings queue behind pictures, so a slow link needs more.
+    `retry_s`: between tries to connect again."""
 
     url: str
     api_key: str | None = None
     connect_timeout_s: float = 5.0
     timeout_s: float = 1.0
+    heartbeat_s: float | None = 0.06
     retry_s: float = 0.2
 
 
 class ServedActions:
-    """`Infer` by a policy server; connects again after an error. Raises PolicyServerError where there is none."""
+    """`Infer` by a policy server. What is asked first of a session that has ended raises PolicyServerError, so that no
+    plan outlives it; then it connects again, and raises PolicyServerError where there is no server."""
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
@@ -108,12 +111,18 @@ class ServedActions:
             api_key=config.api_key,
             connect_timeout_s=config.connect_timeout_s,
             timeout_s=config.timeout_s,
+            heartbeat_s=config.heartbeat_s,
         )
+        self._said = False  # that the session has ended
 
     @property
     def metadata(self) -> dict[str, Any]:
         """What the server said of itself when it was connected to."""
         return self._client.metadata
+
+    def problem(self) -> str:
+        """What is wrong with the server, whether or not it was asked something; "" for nothing. For any thread."""
+        return "" if self._client.connected else "the policy server does not answer"
 
     def begin(self, session: int) -> None:
         """An episode begins, with the noise of `session`; not while a request is on its way."""
@@ -123,10 +132,13 @@ class ServedActions:
         self._client.close()
 
     def __call__(self, observation: Mapping[str, Any]) -> NDArray[np.floating]:
-        if not self._client.connected:
+        if not self._client.connected and self._said:
             time.sleep(self.config.retry_s)
             self._client.connect()
-        return self._client.infer(observation)["actions"]
+        self._said = True
+        actions = self._client.infer(observation)["actions"]
+        self._said = False
+        return actions
 
 
 class PolicyProcess:

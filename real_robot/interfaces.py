@@ -84,8 +84,8 @@ class Arm(Protocol):
 
 @dataclass(frozen=True)
 class Picture:
-    """`image`: uint8 [h, w, 3]. `stamp`: when it was received, `time.monotonic()`. `source_stamp_ns`: the camera's own
-    clock, which a frozen camera repeats."""
+    """`image`: uint8 [h, w, 3]. `stamp`: when it was first received, `time.monotonic()`. `source_stamp_ns`: of the
+    camera's own clock, which a frozen camera repeats."""
 
     image: NDArray[np.uint8]
     stamp: float

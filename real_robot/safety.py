@@ -101,7 +101,7 @@ class SafetyFilter:
     # ------------------------------------------------------------------------------------------------------ arming
     def refusal(self, state: ArmState, now: float) -> str:
         """Why the arm must not be armed in `state`; "" where it may."""
-        if problem := self._state_problem(state, now):
+        if problem := self.state_problem(state, now):
             return problem
         outside = (state.position < self.spec.position_low) | (state.position > self.spec.position_high)
         if outside.any():
@@ -130,7 +130,7 @@ class SafetyFilter:
     # ---------------------------------------------------------------------------------------------------- filtering
     def filter(self, command: Command, state: ArmState, now: float) -> Filtered:
         """What to send for `command`, in control period `now` (s, `time.monotonic()`)."""
-        if self.modes.mode is not Mode.ESTOP and (problem := self._problem(command) or self._state_problem(state, now)):
+        if self.modes.mode is not Mode.ESTOP and (problem := self._problem(command) or self.state_problem(state, now)):
             self.stop(problem, now)
         if not (self.modes.mode.sends or self.modes.mode is Mode.ESTOP):
             return Filtered(None)
@@ -202,7 +202,8 @@ class SafetyFilter:
             return "a command with values that are not finite"
         return ""
 
-    def _state_problem(self, state: ArmState, now: float) -> str:
+    def state_problem(self, state: ArmState, now: float) -> str:
+        """Why an armed arm must be stopped in `state`; "" where it need not."""
         if state.fault:
             return f"the robot reports {state.fault}"
         if state.position.shape != (self.spec.num_joints,) or not np.isfinite(state.position).all():

@@ -120,6 +120,19 @@ class Guard:
             self.stop(stopped)
             return Applied(None, (), self.modes.mode, self.modes.stop_reason)
 
+    def check(self) -> None:
+        """Between commands: an armed arm is stopped where its measurement has grown old or it reports a fault."""
+        if not (self.modes.mode.sends and self._lock.acquire(blocking=False)):
+            return  # a command on its way to the arm is checked itself
+        try:
+            problem = self._filter.state_problem(self.arm.read(), time.monotonic())
+        except (HardwareError, OSError) as error:
+            problem = str(error)
+        finally:
+            self._lock.release()
+        if problem:
+            self.stop(problem)
+
     def stop(self, reason: str) -> None:
         """The software e-stop: the arm first, then the latch. Does not wait for a command on its way to the arm."""
         self.arm.stop(reason)
@@ -195,12 +208,13 @@ class Supervisor:
             return {"error": type(error).__name__, "message": str(error)}
 
     def _watch(self) -> None:
-        """A thread of its own: whatever the other waits for, silence stops the arm."""
+        """A thread of its own: whatever the other waits for, silence stops the arm, and so does an old measurement."""
         while True:
             time.sleep(self.config.timeout_s / 10)
             silent = time.monotonic() - self._heard
             if self._connected and silent > self.config.timeout_s:
                 self._stop_if_armed(f"the control loop was silent for {silent:.3f} s")
+            self._guard.check()
 
     def _stop_if_armed(self, reason: str) -> None:
         if self._guard.modes.mode.sends:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,14 +18,18 @@ from vla_rl.cli import UsageError
 from vla_rl.configs import RECIPES, get_recipe
 from vla_rl.configs.suites import SUITES, get_suite, list_suites
 from vla_rl.doctor import run_doctor
-from vla_rl.evaluation.compare import compare
+from vla_rl.evaluation.compare import Comparisons, compare_all
+from vla_rl.evaluation.compare_report import write_comparison
 from vla_rl.evaluation.eval_report import write_eval_report
 from vla_rl.evaluation.harness import describe_precision, run_suite
 from vla_rl.evaluation.journal import JOURNAL_FILE
 from vla_rl.evaluation.policies import Actor, Expert, StoredPolicy, actor_of
-from vla_rl.evaluation.result import EvalResult
+from vla_rl.evaluation.page import Curve
+from vla_rl.evaluation.result import SUMMARY_FILE, EvalResult
+from vla_rl.evaluation.runs_index import write_runs_index
 from vla_rl.evaluation.stopping import StopRule
 from vla_rl.evaluation.suite import Suite, with_fields, with_known_fields
+from vla_rl.evaluation.tables import latex, markdown, rates_table, tests_table
 from vla_rl.evaluation.workers import HarnessConfig
 from vla_rl.policies.checkpoints.openvla import OpenVLAOptions
 from vla_rl.real_robot.deploy_config import CAMERA_HZ, DeployConfig, TabletopScene
@@ -434,7 +439,7 @@ def replay_command(argv: list[str]) -> int:
     o = _parse(ReplayOptions, argv, "replay")
     if o.policy.startswith(("ws://", "wss://")):
         key = None if o.api_key_file is None else read_api_key(o.api_key_file)
-        infer = ServedActions(Server(o.policy, api_key=key, timeout_s=30.0))
+        infer = ServedActions(Server(o.policy, api_key=key, timeout_s=30.0, heartbeat_s=None))
     else:
         infer = stored_policy(Path(o.policy))
     found = replay(o.log, infer)
@@ -457,33 +462,89 @@ def _take(argv: list[str], option: str, command: str = "eval") -> tuple[str | No
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """run_dir: folder that `run` wrote."""
+    """folder: that `run` or `eval` wrote."""
 
-    run_dir: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[Path]
 
 
 def report_command(argv: list[str]) -> int:
-    """Write the report of a run once more."""
-    print(write_run_report(_parse(ReportOptions, argv, "report").run_dir))
+    """Write the report of a run or of an evaluation once more."""
+    folder = _parse(ReportOptions, argv, "report").folder
+    is_evaluation = (folder / SUMMARY_FILE).is_file()
+    print(write_eval_report(folder) if is_evaluation else write_run_report(folder))
     return 0
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """first, second: folders that `eval` wrote. json: one JSON object for machines."""
+    """folders: two or more that `eval` wrote; each is compared with the first. names: one for each of them. criterion:
+    which success counts. out: an HTML page, with the videos side by side. curves: run folders with the metrics of the
+    last one's training; several are its seeds. json, markdown, latex: instead of the text. across_suites: pair what
+    different suites share, and label it. fail_under: the rate to reach; exit code 3 where one after the first has the
+    lower end of its interval (fail_on low) or the rate itself (fail_on rate) below it."""
 
-    first: tyro.conf.Positional[Path]
-    second: tyro.conf.Positional[Path]
-    criterion: str = "success_once"
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    names: tuple[str, ...] = ()
+    criterion: Literal["success_once", "success_at_end"] = "success_once"
+    out: Path | None = None
+    curves: tuple[Path, ...] = ()
     json: bool = False
+    markdown: bool = False
+    latex: bool = False
+    across_suites: bool = False
+    fail_under: float | None = None
+    fail_on: Literal["low", "rate"] = "low"
 
 
 def compare_command(argv: list[str]) -> int:
-    """Two evaluations of the same episodes."""
-    o = _parse(CompareOptions, argv, "compare")
-    names = (str(o.first), str(o.second))
-    comparison = compare(EvalResult.load(o.first), EvalResult.load(o.second), names=names, criterion=o.criterion)
-    print(json.dumps(comparison.as_dict(), indent=2) if o.json else comparison.format_table())
+    """Evaluations of the same episodes: each against the first, and every pair with Holm's correction."""
+    o: CompareOptions = _parse(CompareOptions, argv, "compare")
+    names = o.names or tuple(str(folder) for folder in o.folders)
+    if len(o.folders) < 2 or len(names) != len(o.folders) or len(set(names)) != len(names):
+        raise UsageError("compare: name two folders or more, each with a name of its own (--names A B ...)")
+    if o.json + o.markdown + o.latex > 1:
+        raise UsageError("compare: choose one of --json, --markdown and --latex")
+    if o.fail_under is not None and not 0 <= o.fail_under <= 1:
+        raise UsageError(f"compare: --fail-under must lie between 0 and 1, got {o.fail_under}; 80% is 0.8")
+    results = {name: (folder, EvalResult.load(folder)) for name, folder in zip(names, o.folders, strict=True)}
+    comparisons = compare_all(
+        {name: result for name, (_, result) in results.items()},
+        criterion=o.criterion,
+        across_suites=o.across_suites,
+    )
+    print(_printed(comparisons, o))
+    if o.out is not None:
+        curves = (Curve(names[-1], "trained", o.curves),) if o.curves else ()
+        page = write_comparison(
+            o.out, comparisons, results, command=shlex.join(["vla-rl", "compare", *argv]), curves=curves
+        )
+        print(f"report: {page}", file=sys.stderr)
+    missed = () if o.fail_under is None else comparisons.under(o.fail_under, o.fail_on)
+    for name in missed:
+        what = "the lower end of its interval" if o.fail_on == "low" else "its success rate"
+        print(f"{name}: {what} is under {o.fail_under:g}", file=sys.stderr)
+    return 3 if missed else 0
+
+
+def _printed(comparisons: Comparisons, o: CompareOptions) -> str:
+    if o.json:
+        return json.dumps(comparisons.as_dict(), indent=2)
+    if o.markdown or o.latex:
+        write = markdown if o.markdown else latex
+        return write(rates_table(comparisons)) + "\n" + write(tests_table(comparisons))
+    return comparisons.format_table()
+
+
+@dataclass(frozen=True)
+class RunsOptions:
+    """folder: with runs and evaluations somewhere in it."""
+
+    folder: tyro.conf.Positional[Path]
+
+
+def runs_command(argv: list[str]) -> int:
+    """One page of all runs and evaluations in a folder."""
+    print(write_runs_index(_parse(RunsOptions, argv, "runs").folder))
     return 0
 
 

@@ -188,32 +188,42 @@ class DDSArm:
 
 
 class DDSCamera:
-    """See `interfaces.Camera`. `connect` raises HardwareError where no picture comes."""
+    """See `interfaces.Camera`. A picture that comes again with the same stamp of its source does not grow younger.
+    `connect` raises HardwareError where no picture comes."""
 
     def __init__(self, config: DDSCameraConfig) -> None:
         self.name, self.config = config.name, config
         self._node: DDSNode | None = None
+        self._newest: tuple[Any, float, int] | None = None  # message, when it came first, its source's stamp
 
     def connect(self) -> None:
-        node = DDSNode.open(self.config.node)
-        self._images: Subscription = node.subscription(self.config.topic, "sensor_msgs/msg/Image", SENSOR)
-        if self._images.wait(self.config.connect_timeout_s) is None:
-            node.close()
-            raise HardwareError(f"no pictures come on {self.config.topic} {_where(node, self.config.node)}")
+        node, self._newest = DDSNode.open(self.config.node), None
+        node.subscription(self.config.topic, "sensor_msgs/msg/Image", SENSOR, self._take)
+        end = time.monotonic() + self.config.connect_timeout_s
+        while self._newest is None:
+            if time.monotonic() > end:
+                node.close()
+                raise HardwareError(f"no pictures come on {self.config.topic} {_where(node, self.config.node)}")
+            time.sleep(0.005)
         self._node = node
 
     def latest(self) -> Picture:
         """See `Camera.latest`. Raises HardwareError before `connect`, and for another encoding."""
-        received = None if self._node is None else self._images.latest()
-        if received is None:
+        if self._node is None or self._newest is None:
             raise HardwareError(f"camera {self.name} is not connected; call connect()")
-        stamp = received.message.header.stamp
-        return Picture(_pixels(received.message), received.stamp, stamp.sec * 10**9 + stamp.nanosec)
+        message, came, source_stamp_ns = self._newest
+        return Picture(_pixels(message), came, source_stamp_ns)
 
     def close(self) -> None:
         if self._node is not None:
             self._node.close()
             self._node = None
+
+    def _take(self, received: Received) -> None:
+        stamp = received.message.header.stamp
+        source_stamp_ns = stamp.sec * 10**9 + stamp.nanosec
+        if self._newest is None or source_stamp_ns != self._newest[2]:
+            self._newest = received.message, received.stamp, source_stamp_ns
 
 
 def _pixels(image: Any) -> np.ndarray:

@@ -23,14 +23,16 @@ LOOSE = SafetyConfig(speed_scale=1.0, max_state_age_s=0.5, max_clamped_fraction=
 class Rig:
     """Everything of one loop, and what its ticks were."""
 
-    def __init__(self, policy=None, teleop=None, safety=LOOSE, **config):
+    def __init__(self, policy=None, teleop=None, safety=LOOSE, parts=None, **config):
         self.arm, self.camera, self.policy, self.teleop = SimArm(), SimCamera(), policy or Reaching(), teleop
         self.arm.connect()
         self.guard = Guard(self.arm, safety)
         self.inference = Inference(self.policy)
         self.ticks = []
         takeover = None if teleop is None else Takeover(SPEC, TakeoverConfig(max_lead=2.0))
-        parts = LoopParts(self.guard, [self.camera], self.inference, teleop=teleop, takeover=takeover, on_tick=self.see)
+        parts = LoopParts(
+            self.guard, [self.camera], self.inference, teleop=teleop, takeover=takeover, on_tick=self.see, **parts or {}
+        )  # fmt: skip
         options = {"max_picture_age_s": 0.3, "grace_s": 0.3, "ramp_s": 0.3, "start_timeout_s": 1.0} | config
         self.loop = ControlLoop(parts, LoopConfig("reach the goal", BrokerConfig(RATE_HZ), **options))
         self.then = {}  # tick number -> what happens then
@@ -142,11 +144,43 @@ def test_a_plan_is_not_followed_for_longer_than_it_may():
     ages = []
     for limit in (None, 0.05):
         rig = Rig(max_plan_age_s=limit)
-        rig.then = {40: lambda rig=rig: setattr(rig.policy, "fail", "gone")}
+        rig.then = {40: lambda rig=rig: setattr(rig.policy, "delay_s", 3.0)}
         rig.run(5.0)
-        failed = next(t.at for t in rig.ticks if t.reply is not None and t.reply.error)
-        ages.append(next(t.at for t in rig.ticks if t.at > failed and t.mode is Mode.HOLD) - failed)
+        ages.append(next(t.at for t in rig.ticks[40:] if t.mode is Mode.HOLD) - rig.ticks[39].at)
     assert ages[1] < ages[0] - 0.05  # the chunk has 0.2 s
+
+
+def test_a_failed_reply_voids_the_plan_in_its_tick():
+    rig = Rig(grace_s=0.05)
+    rig.then = {40: lambda: setattr(rig.policy, "fail", "gone")}
+    report = rig.run(5.0)
+    failed = next(t for t in rig.ticks if t.reply is not None and t.reply.error)
+    assert failed.mode is Mode.HOLD
+    assert failed.wanted is None
+    assert "gone" in report.stop_reason
+
+
+def test_a_policy_that_is_known_to_be_gone_holds_the_arm_whatever_is_planned():
+    gone = []
+    rig = Rig(parts={"policy_problem": lambda: "no heartbeat" if gone else ""}, grace_s=0.05)
+    rig.then = {40: lambda: gone.append(1)}
+    report = rig.run(5.0)
+    assert rig.ticks[39].wanted is not None
+    assert [t.mode for t in rig.ticks[40:42]] == [Mode.HOLD] * 2
+    assert report.stop_reason == "held for 0.05 s: no heartbeat"
+
+
+def test_an_action_that_is_none_stops_the_arm():
+    def to_command(action, standing):
+        if len(rig.ticks) >= 40:
+            raise ValueError("it points out of the room")
+        return joint_targets(action, standing)
+
+    rig = Rig(parts={"to_command": to_command})
+    report = rig.run(5.0)
+    assert report.stop_reason == "the policy's action is refused: it points out of the room"
+    assert rig.arm.stops()
+    assert rig.guard.modes.mode is Mode.ESTOP
 
 
 def test_a_frozen_camera_holds_then_stops():

@@ -216,3 +216,38 @@ def test_hardware_that_fails_or_reports_a_fault_is_stopped():
     faulty.fault = "collision"
     assert "collision" in guard.apply(Command(SPEC.home, 0.0, 1)).stop_reason
     assert isinstance(guard.read()[0], ArmState)
+
+
+def test_between_commands_an_armed_arm_is_watched():
+    arm = SimArm()
+    arm.connect()
+    guard = Guard(arm, SAFETY)
+    arm.frozen_at = time.monotonic() - 1.0
+    guard.check()
+    assert arm.stops() == []  # not armed: it does not move
+    arm.frozen_at = None
+    guard.fire(Event.START)
+    guard.check()
+    assert arm.stops() == []
+    arm.frozen_at = time.monotonic() - 1.0
+    guard.check()
+    assert "s old" in arm.stops()[0]
+    assert guard.modes.mode is Mode.ESTOP
+
+
+def test_a_measurement_that_grows_old_stops_the_arm_without_a_command(tmp_path):
+    record = tmp_path / "arm.jsonl"
+    patient = SupervisorConfig(safety=SAFETY, timeout_s=20.0)
+    with SupervisorClient.start(functools.partial(StaleArm, str(record)), patient) as arm:
+        arm.fire(Event.START)
+        wait_for(lambda: stops(record))
+        assert "s old" in stops(record)[0]["reason"]
+        assert arm.read()[1] is Mode.ESTOP
+
+
+class StaleArm(SimArm):
+    """Was measured once."""
+
+    def connect(self):
+        super().connect()
+        self.frozen_at = time.monotonic() + 0.5

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from websockets.sync.server import ServerConnection, serve
 
-from tests.unit.serving_policies import save_flow_mlp, state
+from tests.unit.serving_policies import save_flow_mlp, serving, state
+from tests.unit.tcp_proxy import TcpProxy
 from vla_rl.serving.client import PolicyClient, PolicyServerError, PolicyTimeoutError
 from vla_rl.serving.messages import pack, unpack
 
@@ -113,6 +114,44 @@ def test_a_stopped_server_process_that_no_longer_reads(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_half_open_connection_is_found_out_by_its_heartbeat(tmp_path: Path) -> None:
+    """Whether or not a reply is owed, and long before the time-out; afterwards the client may connect again."""
+    with serving(save_flow_mlp(tmp_path / "policy")) as (server, _):
+        proxy = TcpProxy(server.port)
+        client = PolicyClient(f"ws://127.0.0.1:{proxy.port}", timeout_s=20.0, connect_timeout_s=20.0, heartbeat_s=0.4)
+        client.infer({"state": state()})
+        time.sleep(1.0)
+        assert client.connected  # a server that is idle answers pings
+        since = proxy.fall_silent()
+        while client.connected:
+            assert time.monotonic() - since < 3.0
+            time.sleep(0.01)
+        assert elapsed(lambda: client.infer({"state": state()}), PolicyServerError) < 0.2
+        proxy.speak()
+        client.connect()
+        client.infer({"state": state()})
+        proxy.fall_silent()
+        with pytest.raises(PolicyServerError, match="no answer to a ping"):
+            client.infer({"state": state()})
+        assert not client.connected
+        proxy.close()
+        client.close()
+
+
+def test_a_server_that_computes_answers_pings_and_others_are_not_asked() -> None:
+    def slow(_message: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(1.0)
+        return {"actions": ACTIONS, "vla_rl": {"id": 1}}
+
+    with answering(replying(slow)) as url, PolicyClient(url, timeout_s=20.0, heartbeat_s=0.4) as client:
+        np.testing.assert_array_equal(client.infer({"state": state()})["actions"], ACTIONS)
+    with (
+        answering(replying(slow, metadata={"theirs": 1})) as url,
+        PolicyClient(url, timeout_s=20.0, heartbeat_s=1e-9) as client,
+    ):
+        np.testing.assert_array_equal(client.infer({"state": state()})["actions"], ACTIONS)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -38,11 +39,33 @@ class PolicyTimeoutError(PolicyServerError):
         super().__init__("timeout", message)
 
 
+class _Heartbeat:
+    """Pings a session from a thread of its own. `lost`: no answer came within `within_s`, or the session has ended; it
+    is cut then, which wakes whoever waits for a reply."""
+
+    def __init__(self, ws: ClientConnection, within_s: float) -> None:
+        self.lost = False
+        self._ws, self._within_s = ws, within_s
+        threading.Thread(target=self._run, daemon=True, name="policy-heartbeat").start()
+
+    def _run(self) -> None:
+        with suppress(ConnectionClosed, OSError):
+            while self._ws.ping().wait(self._within_s):
+                time.sleep(self._within_s / 4)
+        self.lost = True
+        with suppress(OSError):  # gone already
+            self._ws.socket.shutdown(socket.SHUT_RDWR)
+
+
 class PolicyClient:
     """One session with the policy server at `url`, "ws://host:port"; connected when it is made.
 
-    `timeout_s`: for one inference, from sending to the whole reply. `session`: number that addresses the noise at our
-    server, so that the same session gets the same actions for the same observations; None: the server takes the next.
+    `timeout_s`: for one inference, from sending to the whole reply. `heartbeat_s`: the session is closed once our
+    server leaves a ping unanswered for so long, which it does not do because it computes: so a server that was stopped,
+    or whose machine or network is gone, is found out long before `timeout_s`; None: no pings. `session`: number that
+    addresses the noise at our server, so that the same session gets the same actions for the same observations; None:
+    the server takes the next.
+
     Raises PolicyTimeoutError after `connect_timeout_s`, PolicyServerError where there is no policy server.
     """
 
@@ -53,20 +76,24 @@ class PolicyClient:
         api_key: str | None = None,
         connect_timeout_s: float = 5.0,
         timeout_s: float = 1.0,
+        heartbeat_s: float | None = None,
         session: int | None = None,
     ) -> None:
+        self.heartbeat_s = heartbeat_s
         self.url, self.timeout_s, self.connect_timeout_s = url, timeout_s, connect_timeout_s
         self.metadata: dict[str, Any] = {}
         self._headers = {} if api_key is None else {"Authorization": f"Api-Key {api_key}"}
         self._session, self._decision, self._request = session, 0, 0
         self._stack = ExitStack()
         self._ws: ClientConnection | None = None
+        self._heartbeat: _Heartbeat | None = None
         self.connect()
 
     def connect(self) -> None:
         """Connect again after an error; does nothing where the session lives."""
-        if self._ws is not None:
+        if self.connected:
             return
+        self._abort()
         end = time.monotonic() + self.connect_timeout_s
         try:
             context = connect(
@@ -80,6 +107,8 @@ class PolicyClient:
             )
             self._ws = self._stack.enter_context(context)
             self.metadata = _map(self._ws.recv(timeout=max(0.0, end - time.monotonic())), "metadata")
+            if self.heartbeat_s is not None and self.has_envelope:  # others' servers compute on their event loop
+                self._heartbeat = _Heartbeat(self._ws, self.heartbeat_s)
         except InvalidStatus as error:
             status = error.response.status_code
             if status == 401:
@@ -94,7 +123,11 @@ class PolicyClient:
 
     @property
     def connected(self) -> bool:
-        return self._ws is not None
+        return self._ws is not None and not self._silent
+
+    @property
+    def _silent(self) -> bool:
+        return self._heartbeat is not None and self._heartbeat.lost
 
     @property
     def has_envelope(self) -> bool:
@@ -120,8 +153,9 @@ class PolicyClient:
         Raises PolicyTimeoutError after `timeout_s`, and PolicyServerError with the server's code. The session is closed
         then, except for errors that our server gives a request.
         """
-        if self._ws is None:
-            raise PolicyServerError("closed", f"the session with {self.url} is closed; call connect()")
+        if not self.connected:
+            why = f"left a ping unanswered for {self.heartbeat_s} s, or has ended" if self._silent else "is closed"
+            raise PolicyServerError("closed", f"the session with {self.url} {why}; call connect()")
         message = dict(observation)
         prefix, delay = message.pop("prefix", prefix), message.pop("delay", delay)
         if self.has_envelope:
@@ -149,7 +183,7 @@ class PolicyClient:
 
     def close(self) -> None:
         """Say goodbye and close; may be called at any time and again."""
-        self._ws = None
+        self._ws = self._heartbeat = None
         self._stack.close()
 
     def __enter__(self) -> PolicyClient:
@@ -178,12 +212,16 @@ class PolicyClient:
         assert self._ws is not None
         start = time.monotonic()
         try:
-            _limit_send(self._ws.socket, self.timeout_s)
+            _limit_send(self._ws.socket, min(self.timeout_s, self.heartbeat_s or self.timeout_s))
             self._ws.send(message)
             data = self._ws.recv(timeout=max(0.0, start + self.timeout_s - time.monotonic()))
             return _map(data, "reply")
         except (OSError, ConnectionClosed) as error:
+            silent = self._silent
             self._abort()
+            if silent:
+                why = f"no answer to a ping for {self.heartbeat_s} s, or the server has ended; the session is closed"
+                raise PolicyServerError("closed", why) from error
             if isinstance(error, TimeoutError) or time.monotonic() - start >= self.timeout_s:
                 raise PolicyTimeoutError(f"no reply within {self.timeout_s:g} s; the session is closed") from error
             raise PolicyServerError("closed", f"the server has closed the session: {error}") from error
@@ -202,7 +240,7 @@ class PolicyClient:
 
     def _abort(self) -> None:
         """Close without waiting for the other side."""
-        ws, self._ws = self._ws, None
+        ws, self._ws, self._heartbeat = self._ws, None, None
         if ws is not None:
             with suppress(OSError):  # gone already
                 ws.socket.shutdown(socket.SHUT_RDWR)
