@@ -20,6 +20,7 @@ COMMANDS = (
     "env",
     "compare",
     "report",
+    "runs",
     "checkpoint",
     "serve",
     "twin",
@@ -36,8 +37,9 @@ USAGE = """vla-rl: take a vision-language-action policy from demonstrations to a
   vla-rl sft RECIPE --dataset DIR --run-dir DIR      fit a new policy to demonstrations
   vla-rl train RECIPE --policy DIR --run-dir DIR     improve a policy by reinforcement learning
   vla-rl eval --policy DIR --out DIR         success on held-out episodes, with intervals
-  vla-rl compare A B                         two evaluations, episode by episode
-  vla-rl report DIR                          the report of a run once more
+  vla-rl compare A B [C ...]                 evaluations, episode by episode; --out page.html, --fail-under 0.8
+  vla-rl report DIR                          the report of a run or an evaluation once more
+  vla-rl runs DIR                            one page of all runs and evaluations in a folder
   vla-rl serve --policy DIR                  a policy over a websocket; eval --policy ws://host:port asks it
   vla-rl twin --task TASK                    the tabletop's arm as a process behind ROS 2 topics, in real time
   vla-rl deploy --robot twin --policy DIR --out DIR    the policy on that arm, through the safety filter
@@ -52,7 +54,8 @@ class UsageError(ValueError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 when the command did its work, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
+    """Returns 0 when the command did its work, 1 when it failed, 2 for a wrong command line, 3 where
+    `compare --fail-under` found less, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):

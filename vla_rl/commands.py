@@ -23,8 +23,8 @@ from vla_rl.evaluation.compare_report import write_comparison
 from vla_rl.evaluation.eval_report import write_eval_report
 from vla_rl.evaluation.harness import describe_precision, run_suite
 from vla_rl.evaluation.journal import JOURNAL_FILE
-from vla_rl.evaluation.policies import Actor, Expert, StoredPolicy, actor_of
 from vla_rl.evaluation.page import Curve
+from vla_rl.evaluation.policies import Actor, Expert, StoredPolicy, actor_of
 from vla_rl.evaluation.result import SUMMARY_FILE, EvalResult
 from vla_rl.evaluation.runs_index import write_runs_index
 from vla_rl.evaluation.stopping import StopRule
