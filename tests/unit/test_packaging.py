@@ -87,7 +87,7 @@ def test_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Path):
 
 def test_report_assets_are_in_the_wheel_and_whole(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
-        for name in ("report.html", "report.css", "report.js"):
+        for name in ("report.html", "report.css", "report.js", "eval.schema.json"):
             path = f"vla_rl/evaluation/{name}"
             assert archive.read(path) == (ROOT / path).read_bytes()
 
