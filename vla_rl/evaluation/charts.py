@@ -38,6 +38,20 @@ class Series:
     band: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
+@dataclass(frozen=True)
+class Point:
+    """One point of a scatter chart, a rate against `x` with its interval. `group`: what the legend calls those of one
+    `style`; `label` stands beside the point."""
+
+    label: str
+    group: str
+    style: str
+    x: float
+    x_low: float
+    x_high: float
+    rate: Rate
+
+
 def bar_chart(bars: Sequence[Bar], title: str) -> str:
     """Horizontal bars from 0 to 1 with whiskers for the intervals."""
     row, top, left, right = 46.0, 6.0, 4.0, _WIDTH - 12.0
@@ -125,6 +139,61 @@ def line_chart(series: Sequence[Series], title: str, *, x_label: str, percent: b
     parts += [_curve(s, px, py) for s in series]
     parts.append(legend)
     return "".join(parts) + "</svg>"
+
+
+def scatter_chart(points: Sequence[Point], title: str, *, x_label: str) -> str:
+    """Rates from 0 to 1 against a number >= 0, with whiskers both ways; groups differ by colour and shape.
+
+    Raises ValueError without a point.
+    """
+    if not points:
+        raise ValueError(f"scatter_chart: no points for {title!r}")
+    left, right, top, bottom = 44.0, _WIDTH - 12.0, 10.0, 196.0
+    ticks = _ticks(0.0, max(point.x_high for point in points) or 1.0, 4)
+
+    def px(x: float) -> float:
+        return left + x / ticks[-1] * (right - left)
+
+    def py(y: float) -> float:
+        return bottom - y * (bottom - top)
+
+    said = "; ".join(f"{p.group} {p.label} at {_number(p.x)}: {p.rate}" for p in points)
+    groups = list(dict.fromkeys((p.group, p.style) for p in points))
+    parts = [_open(bottom + 48 + 18 * len(groups), title, said)]
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
+        parts.append(_text(left - 6, py(tick) + 4, f"{tick:.0%}", "tick", "end"))
+    parts += [_text(px(tick), bottom + 16, _number(tick), "tick", "middle") for tick in ticks]
+    parts.append(_text(right, bottom + 32, x_label, "tick", "end"))
+    for p in points:
+        x, y = px(p.x), py(p.rate.rate)
+        parts.append(_cross((px(p.x_low), px(p.x_high)), (py(p.rate.high), py(p.rate.low)), x, y))
+        parts.append(_mark(x, y, p.style, [style for _, style in groups].index(p.style)))
+        end = x > (left + right) / 2
+        parts.append(_text(x + (-7 if end else 7), y - 7, p.label, "tick", "end" if end else "start"))
+    for i, (group, style) in enumerate(groups):
+        parts += [
+            _mark(left + 4, bottom + 48 + 18 * i, style, i),
+            _text(left + 16, bottom + 52 + 18 * i, group, "label"),
+        ]
+    return "".join(parts) + "</svg>"
+
+
+def _cross(across: tuple[float, float], down: tuple[float, float], x: float, y: float) -> str:
+    path = f"M{across[0]:.1f} {y:.1f}H{across[1]:.1f}M{x:.1f} {down[0]:.1f}V{down[1]:.1f}"
+    return f'<path class="halo" d="{path}"/><path class="whisker" d="{path}"/>'
+
+
+def _mark(x: float, y: float, style: str, shape: int) -> str:
+    """A circle, a square, a diamond or a triangle."""
+    if shape % 4 == 0:
+        return f'<circle class="dot s-{style}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
+    corners = {
+        1: ((-4.5, -4.5), (4.5, -4.5), (4.5, 4.5), (-4.5, 4.5)),
+        2: ((0, -6), (6, 0), (0, 6), (-6, 0)),
+        3: ((0, -6), (5.5, 4.5), (-5.5, 4.5)),
+    }[shape % 4]
+    return f'<polygon class="dot s-{style}" points="{_points([(x + a, y + b) for a, b in corners])}"/>'
 
 
 def _curve(series: Series, px: _Scale, py: _Scale) -> str:
