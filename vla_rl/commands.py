@@ -20,7 +20,7 @@ from vla_rl.configs.suites import SUITES, get_suite, list_suites
 from vla_rl.doctor import run_doctor
 from vla_rl.evaluation.compare import Comparisons, compare_all
 from vla_rl.evaluation.compare_report import write_comparison
-from vla_rl.evaluation.eval_report import write_eval_report
+from vla_rl.evaluation.eval_report import criterion_of, write_eval_report
 from vla_rl.evaluation.harness import describe_precision, run_suite
 from vla_rl.evaluation.journal import JOURNAL_FILE
 from vla_rl.evaluation.page import Curve
@@ -353,7 +353,7 @@ def _evaluate(suite: Suite, actor: Actor, out: Path, config: HarnessConfig, resu
     if not (out / JOURNAL_FILE).exists():
         write_provenance(out)
     result = run_suite(suite, actor, out, config, resume=resume)
-    print(f"report: {write_eval_report(out, suite.criterion)}", file=sys.stderr)
+    print(f"report: {write_eval_report(out)}", file=sys.stderr)
     return result
 
 
@@ -478,14 +478,15 @@ def report_command(argv: list[str]) -> int:
 @dataclass(frozen=True)
 class CompareOptions:
     """folders: two or more that `eval` wrote; each is compared with the first. names: one for each of them. criterion:
-    which success counts. out: an HTML page, with the videos side by side. curves: run folders with the metrics of the
-    last one's training; several are its seeds. json, markdown, latex: instead of the text. across_suites: pair what
-    different suites share, and label it. fail_under: the rate to reach; exit code 3 where one after the first has the
-    lower end of its interval (fail_on low) or the rate itself (fail_on rate) below it."""
+    which success counts; default is that of the first one's suite. out: an HTML page, with the videos side by side.
+    curves: run folders with the metrics of the last one's training; several are its seeds. json, markdown, latex:
+    instead of the text. across_suites: pair what different suites share, and label it. fail_under: the rate to reach;
+    exit code 3 where one after the first has the lower end of its interval (fail_on low) or the rate itself (fail_on
+    rate) below it."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
     names: tuple[str, ...] = ()
-    criterion: Literal["success_once", "success_at_end"] = "success_once"
+    criterion: Literal["success_once", "success_at_end"] | None = None
     out: Path | None = None
     curves: tuple[Path, ...] = ()
     json: bool = False
@@ -509,7 +510,7 @@ def compare_command(argv: list[str]) -> int:
     results = {name: (folder, EvalResult.load(folder)) for name, folder in zip(names, o.folders, strict=True)}
     comparisons = compare_all(
         {name: result for name, (_, result) in results.items()},
-        criterion=o.criterion,
+        criterion=o.criterion or criterion_of(results[names[0]][1]),
         across_suites=o.across_suites,
     )
     print(_printed(comparisons, o))

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from html import escape
 
 from vla_rl.evaluation.charts import rate_bar
+from vla_rl.evaluation.conditions import AXES, MUST_NOT_SUCCEED
 from vla_rl.evaluation.page import html_table, section
 from vla_rl.evaluation.result import EvalResult, Summary
 from vla_rl.evaluation.statistics import Rate
 from vla_rl.evaluation.tables import interval
 
 STYLES = ("baseline", "trained", "other", "expert", "control")
-SHOULD_FAIL = "wrong_instruction"
 
 
 def conditions_section(results: Mapping[str, EvalResult], criterion: str, unsupported: Mapping[str, str]) -> str:
@@ -25,7 +25,8 @@ def conditions_section(results: Mapping[str, EvalResult], criterion: str, unsupp
     if not found and not unsupported:
         return ""
     alone = [c for c in found if "+" not in c]
-    axes = list(dict.fromkeys(_axis(c) for c in alone))
+    there = {_axis(c) for c in alone}
+    axes = [axis for axis in AXES if axis in there] + sorted(there - set(AXES))
     levels = sorted({_level(c) for c in alone}, key=_as_number)
     per_condition = {name: result.per_condition for name, result in results.items()}
     rows = [["nominal", _cells(per_condition, "", criterion), *[""] * (len(levels) - 1)]] if levels else []
@@ -40,6 +41,11 @@ def conditions_section(results: Mapping[str, EvalResult], criterion: str, unsupp
         items = "".join(f"<dt>{escape(c)}</dt><dd>{escape(reason)}</dd>" for c, reason in unsupported.items())
         body += f"<h3>Not measured: this simulator cannot do it</h3><dl>{items}</dl>"
     return section("Generalisation", _legend(results) + body, _hint(found, criterion))
+
+
+def must_not_succeed(condition: str) -> bool:
+    """Whether a good policy fails under `condition`: its sentence no longer names the goal."""
+    return any(_axis(part) in MUST_NOT_SUCCEED for part in condition.split("+"))
 
 
 def _cells(per_condition: Mapping[str, Mapping[str, Summary]], condition: str, criterion: str) -> str:
@@ -70,14 +76,14 @@ def _legend(results: Mapping[str, EvalResult]) -> str:
 def _hint(found: list[str], criterion: str) -> str:
     when = "at some step" if criterion == "success_once" else "at the last step"
     hint = f"Success {when}, with Wilson intervals; a higher level is a larger change."
-    if any(SHOULD_FAIL in condition for condition in found):
+    if any(must_not_succeed(condition) for condition in found):
         hint += " A wrong instruction must not succeed: there, lower is better."
     return hint
 
 
 def _label(axis: str) -> str:
     name = escape(axis.replace("_", " "))
-    return f"{name}<small>lower is better</small>" if axis == SHOULD_FAIL else name
+    return f"{name}<small>lower is better</small>" if axis in MUST_NOT_SUCCEED else name
 
 
 def _axis(condition: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_rl.evaluation.charts import rate_bar
-from vla_rl.evaluation.conditions_table import SHOULD_FAIL, conditions_section
+from vla_rl.evaluation.conditions_table import conditions_section, must_not_succeed
 from vla_rl.evaluation.gallery import failure_gallery
 from vla_rl.evaluation.page import (
     MediaBudget,
@@ -33,16 +33,18 @@ _PROTOCOLS = {
 }
 
 
-def write_eval_report(folder: Path, criterion: str = "success_once", media_bytes: int | None = None) -> Path:
+def write_eval_report(folder: Path, criterion: str | None = None, media_bytes: int | None = None) -> Path:
     """Write `report.html` into the folder of a result, from what lies there, and return its path.
 
-    `criterion`: which success decides. `media_bytes`: of videos and pictures in the page; None is what keeps it under
-    20 MB. Raises FileNotFoundError where there is no result, and ValueError for one that is damaged.
+    `criterion`: which success decides; None is that of the suite. `media_bytes`: of videos and pictures in the page;
+    None is what keeps it under 20 MB. Raises FileNotFoundError where there is no result, and ValueError for one that is
+    damaged.
     """
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion must be one of {CRITERIA}, got {criterion!r}")
     folder = Path(folder)
     result = EvalResult.load(folder)
+    criterion = criterion_of(result) if criterion is None else criterion
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {CRITERIA}, got {criterion!r}")
     budget = MediaBudget() if media_bytes is None else MediaBudget(media_bytes)
     origin = read_provenance(folder)
     nominal = deciding(result)
@@ -70,9 +72,14 @@ def deciding(result: EvalResult) -> tuple[Episode, ...]:
     return tuple(episode for episode in result.episodes if not episode.condition) or result.episodes
 
 
+def criterion_of(result: EvalResult) -> str:
+    """Which success its suite counts."""
+    return (result.config.get("suite") or {}).get("criterion", "success_once")
+
+
 def meant_to_succeed(result: EvalResult) -> list[Episode]:
     """All but those with a wrong instruction, which a good policy does not follow into success."""
-    return [episode for episode in result.episodes if SHOULD_FAIL not in episode.condition]
+    return [episode for episode in result.episodes if not must_not_succeed(episode.condition)]
 
 
 def stage_names(result: EvalResult) -> tuple[str, ...]:

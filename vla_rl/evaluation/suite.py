@@ -105,7 +105,8 @@ class Suite:
 
     def describe(self) -> dict[str, Any]:
         """What a result keeps of it."""
-        return {"name": self.name, "version": self.version, "hash": suite_hash(self), "protocol": self.protocol}
+        names = {"name": self.name, "version": self.version, "hash": suite_hash(self)}
+        return names | {"protocol": self.protocol, "criterion": self.criterion}
 
     def settings(self) -> dict[str, Any]:
         """Fields of the cases' environments, for the configuration of a result: by name where they are the same in
