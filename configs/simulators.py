@@ -181,14 +181,14 @@ def _libero(task: str) -> Recipe:
     assert start.train.online is not None
     online = replace(
         start.train.online,
-        num_env_steps=32_000,
+        num_env_steps=19_200,
         num_envs=8,
         execution_horizon=chunk,
         warmup_env_steps=3_200,
         utd_ratio=0.1,
         observe_every_step=False,
         env_steps_per_iteration=1_600,
-        eval_interval=5,
+        eval_interval=0,  # a hundred episodes are as many control steps as all of this
     )
     return replace(
         start,

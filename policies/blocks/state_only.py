@@ -8,13 +8,18 @@ from vla_rl.core import Observation
 from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
 from vla_rl.protocols import PolicyInputs, Prefix
 
+# A number that hardly varies in the demonstrations, such as a quaternion at rest, has a tiny scale: the first tilt would
+# be hundreds of standard deviations, and the loss of a minibatch with it ten times the usual.
+STATE_LIMIT = 10.0
+
 
 def state_inputs(obs: Observation, normalizer: NormalizerBuffers) -> PolicyInputs:
-    """The normalised state, on the normaliser's device. Raises ValueError where the state has another size."""
+    """The normalised state within `STATE_LIMIT`, on the normaliser's device. Raises ValueError where the state has
+    another size."""
     size = normalizer.offset.shape[0]
     if obs.state.shape[1] != size:
         raise ValueError(f"the policy needs state [N, {size}], got {tuple(obs.state.shape)}")
-    state = normalizer.normalize(obs.state.to(normalizer.offset.device))
+    state = normalizer.normalize(obs.state.to(normalizer.offset.device)).clamp(-STATE_LIMIT, STATE_LIMIT)
     return PolicyInputs({}, torch.zeros(len(obs), 0, dtype=torch.int64, device=state.device), state)
 
 
