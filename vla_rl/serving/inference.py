@@ -18,7 +18,7 @@ from vla_rl.policies.checkpoints.load_any import layout_of, load_any
 from vla_rl.policies.checkpoints.native import read_description
 from vla_rl.protocols import FlowPolicy, Policy, chunk_shape
 from vla_rl.serving.requests import Request, RequestError, RequestShapes
-from vla_rl.serving.rtc import RTCConfig, continue_chunks
+from vla_rl.serving.rtc import RTCConfig, continue_chunks, trained_delay
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class ServedPolicy:
             "control_hz": self.spec.get("control_hz"),
             "action_names": list(self.spec.get("action", {}).get("names", [])),
             "rtc": self.continues_chunks,
+            "rtc_trained_delay": trained_delay(self.policy),
         }
 
     @torch.no_grad()
@@ -103,8 +104,11 @@ class ServedPolicy:
 
 
 def read_policy(folder: Path, version: int, *, device: str, rtc: RTCConfig) -> ServedPolicy:
-    """The policy of `folder`, whoever wrote it, warm. Raises PolicyCheckpointError as `load_any`."""
+    """The policy of `folder`, whoever wrote it, warm. Raises PolicyCheckpointError as `load_any`, and ValueError where
+    `rtc.method` is "trained" and it was not."""
     policy: Any = load_any(folder, device=device)
+    if rtc.method == "trained" and not trained_delay(policy):
+        raise ValueError(f"{folder} was not fine-tuned with a max_prefix_delay; use rtc.method auto or guided")
     spec = (read_description(folder).get("spec") or {}) if layout_of(folder) == "native" else {}
     config = getattr(policy.config, "base", policy.config)  # a steered policy sees what its base sees
     state_dim = getattr(config, "state_dim", None)
