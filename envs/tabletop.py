@@ -115,7 +115,8 @@ class TabletopEnv:
         self.episode_steps = torch.zeros(num_envs, dtype=torch.int64, device=self.engine.device)
         self.instructions = [""] * num_envs
         self.stage_names: tuple[str, ...] = getattr(self.task, "stage_names", ())
-        self._stage = torch.full_like(self.episode_steps, -1)
+        shape = (num_envs, len(self.stage_names))
+        self._reached = torch.zeros(shape, dtype=torch.bool, device=self.engine.device)
         self.variables = self._allocate_variables()
         self._randomizer = (
             None if randomization is None
@@ -149,7 +150,7 @@ class TabletopEnv:
         self.engine.forward(env_ids)
         self.seeds[env_ids] = seeds
         self.episode_steps[ids] = 0
-        self._stage[ids] = -1
+        self._reached[ids] = False
         for i, start in zip(env_ids.tolist(), starts, strict=True):
             self.instructions[i] = start.instruction
         for name, rows in self.variables.items():
@@ -173,8 +174,8 @@ class TabletopEnv:
         for name, value in status.variables.items():
             mask = active.reshape(-1, *([1] * (value.ndim - 1)))
             self.variables[name].copy_(torch.where(mask, value, self.variables[name]))
-        if status.stage is not None:
-            self._stage.copy_(torch.where(active, torch.maximum(self._stage, status.stage), self._stage))
+        if status.stages is not None:
+            self._reached |= status.stages & active[:, None]
         reward = status.success.to(torch.float32)
         if self.config.reward == "dense":
             reward = reward + (status.progress - self._progress).float()
@@ -200,7 +201,8 @@ class TabletopEnv:
 
     def furthest_stage(self) -> list[int]:
         """The furthest of `stage_names` that each environment has reached in its running episode; -1: none yet."""
-        return self._stage.tolist()
+        order = torch.arange(len(self.stage_names), device=self._reached.device)
+        return torch.where(self._reached, order, -1).amax(dim=1).tolist() if len(order) else [-1] * self.num_envs
 
     def render(self, env_ids: Tensor) -> Tensor:
         """A picture for people from the agent camera, uint8 [M, h, w, 3]."""
@@ -217,7 +219,7 @@ class TabletopEnv:
             "seeds": self.seeds.clone(),
             "episode_steps": self.episode_steps.clone(),
             "progress": self._progress.clone(),
-            "stage": self._stage.clone(),
+            "reached": self._reached.clone(),
             "randomization": self._randomizer.state_dict() if self._randomizer is not None else None,
         }
 
@@ -238,7 +240,7 @@ class TabletopEnv:
         self.seeds.copy_(state["seeds"])
         self.episode_steps.copy_(state["episode_steps"])
         self._progress.copy_(state["progress"])
-        self._stage.copy_(state["stage"])
+        self._reached.copy_(state["reached"])
 
     def _kind(self) -> dict[str, str]:
         config = self.config

@@ -96,9 +96,9 @@ _CAMERAS: tuple[dict[str, CameraJitter], ...] = (
     {"agent": CameraJitter(0.04, 0.04, 4.0), "wrist": CameraJitter(0.012, 0.08, 6.0)},
 )
 _PHYSICS: tuple[PhysicsConfig, ...] = (
-    PhysicsConfig(mass=(0.7, 1.4), friction=(0.8, 1.25), gain=(0.9, 1.1), damping=(0.7, 1.4)),
-    PhysicsConfig(mass=(0.5, 2.0), friction=(0.6, 1.6), gain=(0.75, 1.3), damping=(0.5, 2.0)),
-    PhysicsConfig(mass=(0.25, 4.0), friction=(0.4, 2.0), gain=(0.5, 1.6), damping=(0.25, 4.0)),
+    PhysicsConfig(mass=(0.8, 1.25), friction=(0.85, 1.2), gain=(0.9, 1.1), damping=(0.7, 1.4)),
+    PhysicsConfig(mass=(0.65, 1.5), friction=(0.7, 1.4), gain=(0.85, 1.2), damping=(0.5, 2.0)),
+    PhysicsConfig(mass=(0.5, 2.0), friction=(0.6, 1.6), gain=(0.75, 1.3), damping=(0.35, 3.0)),
 )
 
 

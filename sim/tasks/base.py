@@ -221,14 +221,14 @@ def free_points(
 class TaskStatus:
     """How the environments stand. `success`, `failure`: bool [N]; either ends an episode. `progress`: float [N], about
     0 at the start and 1 at success; the dense reward is its change. `variables`: new values of task variables that the
-    task keeps over time (a sub-goal reached), by name; the environment stores them where it is active. `stage`: int64
-    [N], which of the task's `stage_names` holds now, see `stage_of`; None for a task without."""
+    task keeps over time (a sub-goal reached), by name; the environment stores them where it is active. `stages`:
+    bool [N, S], which of the task's `stage_names` hold now; None for a task without."""
 
     success: Tensor
     failure: Tensor
     progress: Tensor
     variables: Mapping[str, Tensor] = field(default_factory=dict)
-    stage: Tensor | None = None
+    stages: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class Task(Protocol):
     from the device.
 
     `name` is its key; `max_episode_steps` counts control steps; `goal_names` names the columns of `goal`. A task may
-    also have `stage_names` (str, in the order of the way to success; see `TaskStatus.stage`) and `clutter_regions`
+    also have `stage_names` (str, in the order of the way to success; see `TaskStatus.stages`) and `clutter_regions`
     (where a test may put more objects without blocking the way; see `sim/shift.py`).
     """
 
@@ -308,15 +308,7 @@ def falling(distance: Tensor, scale: float) -> Tensor:
     return 1.0 - torch.tanh(distance / scale)
 
 
-def stage_of(*conditions: Tensor) -> Tensor:
-    """The last of `conditions` (bool [N] each, in the order of a task's stages) that holds, int64 [N]; -1 if none."""
-    stage = torch.full_like(conditions[0], -1, dtype=torch.int64)
-    for i, condition in enumerate(conditions):
-        stage = torch.where(condition, i, stage)
-    return stage
-
-
 __all__ = [
     "OOD_AXES", "SPLITS", "TASKS", "Draw", "EpisodeStart", "Plan", "Pose", "Region", "Task", "TaskStatus", "falling",
-    "free_points", "get_task", "register_task", "ring", "stage_of",
+    "free_points", "get_task", "register_task", "ring",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vla_rl.sim.language import DRAWER_NOUNS, OOD_DRAWER_NOUNS
 from vla_rl.sim.scene import Asset, Block, Drawer
-from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, Pose, Region, TaskStatus, falling, register_task, stage_of
+from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, Pose, Region, TaskStatus, falling, register_task
 from vla_rl.sim.tasks.waypoints import CLOSED, JAW_STEPS, OPEN, Waypoint, make_plan, over, shifted
 from vla_rl.sim.view import SceneView, pick
 
@@ -73,8 +73,8 @@ class OpenDrawer:
         near = falling(gap, 0.2)
         progress = 0.4 * near + 0.6 * (opening / OPENED).clamp(0.0, 1.0)
         success = (opening > OPENED) & ~failure
-        stage = stage_of(gap < AT_HANDLE, opening > OPENED / 3, success)
-        return TaskStatus(success, failure, progress, stage=stage)
+        stages = torch.stack([gap < AT_HANDLE, opening > OPENED / 3, success], dim=1)
+        return TaskStatus(success, failure, progress, stages=stages)
 
     def goal(self, view: SceneView, variables: Mapping[str, Tensor]) -> Tensor:
         return _goal(view, variables)
@@ -109,8 +109,8 @@ class CloseDrawer:
         near = falling(gap, 0.2)
         progress = 0.3 * near + 0.7 * (1.0 - opening / self.began).clamp(0.0, 1.0)
         success = (opening < SHUT) & ~failure
-        stage = stage_of(gap < AT_HANDLE, opening < 2 * self.began / 3, success)
-        return TaskStatus(success, failure, progress, stage=stage)
+        stages = torch.stack([gap < AT_HANDLE, opening < 2 * self.began / 3, success], dim=1)
+        return TaskStatus(success, failure, progress, stages=stages)
 
     def goal(self, view: SceneView, variables: Mapping[str, Tensor]) -> Tensor:
         return _goal(view, variables)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vla_rl.sim.language import BLOCK_NOUNS, OOD_BLOCK_NOUNS
 from vla_rl.sim.scene import Asset, Block
-from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, TaskStatus, falling, register_task, stage_of
-from vla_rl.sim.tasks.waypoints import LIFTED, grasp, grasped, held, make_plan
+from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, TaskStatus, falling, register_task
+from vla_rl.sim.tasks.waypoints import LIFTED, grasp, gripped, make_plan
 from vla_rl.sim.view import SceneView, pick
 
 BLOCKS: tuple[str, ...] = ("block0", "block1", "block2")
@@ -66,11 +66,12 @@ class Pick:
         named = torch.arange(len(BLOCKS), device=view.device) == target[:, None]
         steps_up = torch.where(up > self.raised, variables["steps_up"] + 1, 0)
         failure = ((height > self.wrong) & ~named).any(dim=1) | (height < -0.05).any(dim=1)
-        near = falling(torch.linalg.vector_norm(view.tip_pos - block, dim=1), 0.2)
+        reach = torch.linalg.vector_norm(view.tip_pos - block, dim=1)
+        near = falling(reach, 0.2)
         progress = 0.4 * near + 0.6 * (up / self.raised).clamp(0.0, 1.0)
         success = (steps_up >= self.hold_steps) & ~failure
-        stage = stage_of(grasped(view, block), held(view, block, HALF), up > LIFTED, success)
-        return TaskStatus(success, failure, progress, {"steps_up": steps_up}, stage)
+        stages = torch.stack([*gripped(view, reach, HALF), up > LIFTED, success], dim=1)
+        return TaskStatus(success, failure, progress, {"steps_up": steps_up}, stages)
 
     def goal(self, view: SceneView, variables: Mapping[str, Tensor]) -> Tensor:
         return pick(view.object_positions(BLOCKS), variables["target"])

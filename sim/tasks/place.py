@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vla_rl.sim.language import BIN_NOUNS, BLOCK_NOUNS, OOD_BIN_NOUNS, OOD_BLOCK_NOUNS
 from vla_rl.sim.scene import Asset, Bin, Block
-from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, Region, TaskStatus, falling, register_task, stage_of
-from vla_rl.sim.tasks.waypoints import LIFTED, grasp, grasped, held, make_plan, release
+from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, Region, TaskStatus, falling, register_task
+from vla_rl.sim.tasks.waypoints import LIFTED, grasp, gripped, make_plan, release
 from vla_rl.sim.view import SceneView, pick
 
 BLOCKS: tuple[str, ...] = ("block0", "block1")
@@ -81,14 +81,15 @@ class Place:
         success = pick(pick(inside, variables["block"]), variables["bin"])
         failure = (inside.flatten(1).sum(dim=1) - success.long() > 0) | (blocks[..., 2] < -0.03).any(dim=1)
         block, goal = pick(blocks, variables["block"]), pick(bins, variables["bin"])
-        near = falling(torch.linalg.vector_norm(view.tip_pos - block, dim=1), 0.2)
+        reach = torch.linalg.vector_norm(view.tip_pos - block, dim=1)
+        near = falling(reach, 0.2)
         gap, up = torch.linalg.vector_norm((block - goal)[:, :2], dim=1), block[:, 2] - HALF
         there, lifted = falling(gap, 0.2), (up / 0.08).clamp(0.0, 1.0)
         progress = torch.where(success, 1.0, 0.2 * near + 0.2 * lifted + 0.5 * there)
-        stage = stage_of(
-            grasped(view, block), held(view, block, HALF), up > LIFTED, (up > LIFTED) & (gap < BIN_HALF), success
-        )
-        return TaskStatus(success & ~failure, failure, progress, stage=stage)
+        won = success & ~failure
+        high = up > LIFTED
+        stages = torch.stack([*gripped(view, reach, HALF), high, high & (gap < BIN_HALF), won], dim=1)
+        return TaskStatus(won, failure, progress, stages=stages)
 
     def goal(self, view: SceneView, variables: Mapping[str, Tensor]) -> Tensor:
         block = pick(view.object_positions(BLOCKS), variables["block"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vla_rl.sim.language import BUTTON_NOUNS, OOD_BUTTON_NOUNS
 from vla_rl.sim.scene import Asset, Block, Button
-from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, TaskStatus, falling, register_task, stage_of
+from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, TaskStatus, falling, register_task
 from vla_rl.sim.tasks.waypoints import CLOSED, Waypoint, at_height, make_plan, over
 from vla_rl.sim.view import SceneView, pick
 
@@ -65,8 +65,9 @@ class Press:
         gap = torch.linalg.vector_norm(view.tip_pos - button, dim=1)
         near = falling(gap, 0.2)
         progress = 0.6 * near + 0.4 * (depth / self.pressed).clamp(0.0, 1.0)
-        stage = stage_of(gap < 0.03, depth > 0.25 * self.pressed, success)
-        return TaskStatus(success & ~failure, failure, progress, stage=stage)
+        won = success & ~failure
+        stages = torch.stack([gap < 0.03, depth > 0.25 * self.pressed, won], dim=1)
+        return TaskStatus(won, failure, progress, stages=stages)
 
     def goal(self, view: SceneView, variables: Mapping[str, Tensor]) -> Tensor:
         position = pick(view.object_positions(BUTTONS), variables["target"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vla_rl.sim.language import OOD_PUCK_NOUNS, OOD_ZONE_NOUNS, PUCK_NOUNS, ZONE_NOUNS
 from vla_rl.sim.scene import Asset, Block, Puck, Zone
-from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, Pose, Region, TaskStatus, falling, register_task, stage_of
+from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, Pose, Region, TaskStatus, falling, register_task
 from vla_rl.sim.tasks.waypoints import CLOSED, Waypoint, at_height, make_plan, over, shifted
 from vla_rl.sim.view import SceneView, pick
 
@@ -90,8 +90,9 @@ class Push:
         near = falling(reach, 0.2)
         progress = torch.where(success, 1.0, 0.3 * near + 0.7 * falling(gap, 0.2))
         moving = pick(speeds, variables["block"]) > 0.02
-        stage = stage_of(reach < 0.07, moving, gap < 2 * self.tolerance, success)
-        return TaskStatus(success & ~failure, failure, progress, stage=stage)
+        won = success & ~failure
+        stages = torch.stack([reach < 0.07, moving, gap < 2 * self.tolerance, won], dim=1)
+        return TaskStatus(won, failure, progress, stages=stages)
 
     def goal(self, view: SceneView, variables: Mapping[str, Tensor]) -> Tensor:
         block = pick(view.object_positions(BLOCKS), variables["block"])

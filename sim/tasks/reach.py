@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vla_rl.sim.language import BLOCK_NOUNS, OOD_BLOCK_NOUNS
 from vla_rl.sim.scene import Asset, Block
-from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, TaskStatus, falling, register_task, stage_of
+from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, TaskStatus, falling, register_task
 from vla_rl.sim.view import SceneView, pick
 
 BLOCKS: tuple[str, ...] = ("block0", "block1", "block2")
@@ -66,8 +66,8 @@ class Reach:
         near = distance < self.tolerance
         success = pick(near, variables["target"])
         gap = pick(distance, variables["target"])
-        stage = stage_of(gap < 3 * self.tolerance, success)
-        return TaskStatus(success, near.any(dim=1) & ~success, falling(gap, 0.2), stage=stage)
+        stages = torch.stack([gap < 3 * self.tolerance, success], dim=1)
+        return TaskStatus(success, near.any(dim=1) & ~success, falling(gap, 0.2), stages=stages)
 
     def goal(self, view: SceneView, variables: Mapping[str, Tensor]) -> Tensor:
         position = pick(view.object_positions(BLOCKS), variables["target"]).clone()

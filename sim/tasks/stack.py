@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vla_rl.sim.language import BLOCK_NOUNS, OOD_BLOCK_NOUNS
 from vla_rl.sim.scene import Asset, Block
-from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, TaskStatus, falling, register_task, stage_of
-from vla_rl.sim.tasks.waypoints import LIFTED, grasp, grasped, held, make_plan, release
+from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, TaskStatus, falling, register_task
+from vla_rl.sim.tasks.waypoints import LIFTED, grasp, gripped, make_plan, release
 from vla_rl.sim.view import SceneView, pick
 
 BLOCKS: tuple[str, ...] = ("block0", "block1", "block2")
@@ -69,14 +69,17 @@ class Stack:
         failure = (on.flatten(1).sum(dim=1) - success.long() > 0) | (blocks[..., 2] < -0.03).any(dim=1)
         goal = pick(blocks, variables["base"]) + blocks.new_tensor([0.0, 0.0, 2 * HALF])
         block = pick(blocks, top)
-        near = falling(torch.linalg.vector_norm(view.tip_pos - block, dim=1), 0.2)
+        reach = torch.linalg.vector_norm(view.tip_pos - block, dim=1)
+        near = falling(reach, 0.2)
         there = falling(torch.linalg.vector_norm(block - goal, dim=1), 0.2)
         up = block[:, 2] - HALF
         lifted = (up / (2 * HALF)).clamp(0.0, 1.0)
         progress = torch.where(success, 1.0, 0.2 * near + 0.2 * lifted + 0.5 * there)
-        over = (up > LIFTED) & (torch.linalg.vector_norm((block - goal)[:, :2], dim=1) < HALF)
-        stage = stage_of(grasped(view, block), held(view, block, HALF), up > LIFTED, over, success)
-        return TaskStatus(success & ~failure, failure, progress, stage=stage)
+        high = up > LIFTED
+        over = high & (torch.linalg.vector_norm((block - goal)[:, :2], dim=1) < HALF)
+        won = success & ~failure
+        stages = torch.stack([*gripped(view, reach, HALF), high, over, won], dim=1)
+        return TaskStatus(won, failure, progress, stages=stages)
 
     def goal(self, view: SceneView, variables: Mapping[str, Tensor]) -> Tensor:
         blocks = view.object_positions(BLOCKS)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vla_rl.sim.language import BLOCK_NOUNS, DRAWER_NOUNS, OOD_BLOCK_NOUNS, OOD_DRAWER_NOUNS
 from vla_rl.sim.scene import Asset, Block
-from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, Region, TaskStatus, falling, register_task, stage_of
+from vla_rl.sim.tasks.base import Draw, EpisodeStart, Plan, Region, TaskStatus, falling, register_task
 from vla_rl.sim.tasks.drawer import (
     AT_HANDLE,
     CLUTTER_REGIONS,
@@ -21,7 +21,7 @@ from vla_rl.sim.tasks.drawer import (
     pull_open,
     push_shut,
 )
-from vla_rl.sim.tasks.waypoints import JAW_STEPS, OPEN, Waypoint, at_height, grasp, held, make_plan, release, shifted
+from vla_rl.sim.tasks.waypoints import JAW_STEPS, OPEN, Waypoint, at_height, grasp, gripped, make_plan, release, shifted
 from vla_rl.sim.view import SceneView, pick
 
 DRAWERS: tuple[str, ...] = ("drawer0", "drawer1")
@@ -95,16 +95,13 @@ class Store:
         sub_goal = torch.where(opening > OPENED, variables["sub_goal"].clamp(min=1), variables["sub_goal"])
         sub_goal = torch.where(stored & (sub_goal > 0), 2, sub_goal)
         sub_goal = torch.where(success, NUM_SUB_GOALS, sub_goal)
-        progress = (sub_goal + self._next_progress(view, variables, sub_goal)) / NUM_SUB_GOALS
-        block = pick(view.object_positions(BLOCKS), variables["block"])
-        stage = stage_of(
-            torch.linalg.vector_norm(view.tip_pos - _handle(view, variables), dim=1) < AT_HANDLE,
-            sub_goal >= 1,
-            (sub_goal >= 1) & held(view, block, HALF),
-            sub_goal >= 2,
-            success,
-        )
-        return TaskStatus(success & ~failure, failure, progress, {"sub_goal": sub_goal}, stage)
+        handle, block = _handle(view, variables), pick(view.object_positions(BLOCKS), variables["block"])
+        reach, grip = (torch.linalg.vector_norm(view.tip_pos - goal, dim=1) for goal in (handle, block))
+        away = torch.linalg.vector_norm(block - _middle(view, variables), dim=1)
+        progress = (sub_goal + _next_progress(sub_goal, reach, grip, away, opening)) / NUM_SUB_GOALS
+        opened, won = sub_goal > 0, success & ~failure
+        stages = [reach < AT_HANDLE, opened, opened & gripped(view, grip, HALF)[1], sub_goal > 1, won]
+        return TaskStatus(won, failure, progress, {"sub_goal": sub_goal}, torch.stack(stages, dim=1))
 
     def goal(self, view: SceneView, variables: Mapping[str, Tensor]) -> Tensor:
         block = pick(view.object_positions(BLOCKS), variables["block"])
@@ -122,22 +119,18 @@ class Store:
         store = [*grasp(view, shifted(block, z=0.009)), *release(view, block, _middle(view, variables), drop=0.05)]
         return make_plan(view, [*approach, opened, let_go, leave, *store, *push_shut(view, handle)])
 
-    def _next_progress(self, view: SceneView, variables: Mapping[str, Tensor], sub_goal: Tensor) -> Tensor:
-        """How far the environments are on the way to their next sub-goal, [N], from 0 to below 1."""
-        tip, handle = view.tip_pos, _handle(view, variables)
-        block = pick(view.object_positions(BLOCKS), variables["block"])
-        opening = (pick(_openings(view), variables["drawer"]) / OPENED).clamp(0.0, 1.0)
 
-        def near(a: Tensor, b: Tensor) -> Tensor:
-            return falling(torch.linalg.vector_norm(a - b, dim=1), 0.2)
-
-        ways = [
-            0.4 * near(tip, handle) + 0.6 * opening,
-            0.4 * near(tip, block) + 0.6 * near(block, _middle(view, variables)),
-            0.3 * near(tip, handle) + 0.7 * (1.0 - opening),
-            torch.zeros_like(opening),
-        ]
-        return 0.95 * pick(torch.stack(ways, dim=1), sub_goal.long())
+def _next_progress(sub_goal: Tensor, reach: Tensor, grip: Tensor, away: Tensor, opening: Tensor) -> Tensor:
+    """How far the environments are on the way to their next sub-goal, [N], from 0 to below 1: fingertip to handle
+    (`reach`), fingertip to block (`grip`), block to its place in the drawer (`away`), m."""
+    share = (opening / OPENED).clamp(0.0, 1.0)
+    ways = [
+        0.4 * falling(reach, 0.2) + 0.6 * share,
+        0.4 * falling(grip, 0.2) + 0.6 * falling(away, 0.2),
+        0.3 * falling(reach, 0.2) + 0.7 * (1.0 - share),
+        torch.zeros_like(opening),
+    ]
+    return 0.95 * pick(torch.stack(ways, dim=1), sub_goal.long())
 
 
 def _openings(view: SceneView) -> Tensor:

@@ -13,6 +13,7 @@ from vla_rl.sim.view import SceneView
 
 OPEN, CLOSED = 1.0, -1.0
 CARRY = 0.6  # speed with a block between the jaws: a jerk makes it slip
+BETWEEN = 0.03  # m from the fingertip to the centre of a block that is between the jaws
 LIFTED = 0.02  # m that a block is above where it lay, for it to count as lifted
 JAW_STEPS = 5  # control steps that the jaws need to close on a block, or to let go of it
 
@@ -70,12 +71,14 @@ def over(view: SceneView, position: Tensor, tolerance: float = 0.01) -> Tensor:
 
 def grasped(view: SceneView, block: Tensor) -> Tensor:
     """bool [N]: the centre of a block, `block [N, 3]`, is between the fingertips."""
-    return torch.linalg.vector_norm(view.tip_pos - block, dim=1) < 0.03
+    return torch.linalg.vector_norm(view.tip_pos - block, dim=1) < BETWEEN
 
 
-def held(view: SceneView, block: Tensor, half: float) -> Tensor:
-    """bool [N]: the jaws are closed on a block of side `2 * half` m, `block [N, 3]` its centre, turned or not."""
-    return grasped(view, block) & (view.gripper_opening < 2.8 * half)
+def gripped(view: SceneView, reach: Tensor, half: float) -> tuple[Tensor, Tensor]:
+    """Two stages of a task, bool [N] each: the centre of a block of side `2 * half` m is between the fingertips, and
+    the jaws are closed on it, turned as it may be. `reach [N]` m: from the fingertip to that centre."""
+    between = reach < BETWEEN
+    return between, between & (view.gripper_opening < 2.8 * half)
 
 
 def grasp(view: SceneView, block: Tensor, *, hover: float = 0.09, lift: float = 0.14) -> list[Waypoint]:
@@ -107,6 +110,6 @@ def release(view: SceneView, block: Tensor, goal: Tensor, *, drop: float, travel
 
 
 __all__ = [
-    "CARRY", "CLOSED", "JAW_STEPS", "LIFTED", "OPEN", "Waypoint", "at_height", "grasp", "grasped", "held", "make_plan",
-    "over", "release", "shifted",
+    "BETWEEN", "CARRY", "CLOSED", "JAW_STEPS", "LIFTED", "OPEN", "Waypoint", "at_height", "grasp", "grasped", "gripped",
+    "make_plan", "over", "release", "shifted",
 ]  # fmt: skip

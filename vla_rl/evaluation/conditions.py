@@ -33,7 +33,7 @@ MUST_NOT_SUCCEED: tuple[str, ...] = ("wrong_instruction",)
 
 PIXEL_NOISE = (8.0, 20.0, 40.0)  # grey levels of 255, by level
 STATE_NOISE = (0.002, 0.005, 0.01)  # m or rad
-ACTION_DELAY = (1, 2, 4)  # control steps
+ACTION_DELAY_MS = (50.0, 100.0, 150.0)  # rounded to control steps, one at least
 
 _SCENE_AXES = ("position", "distractors", "color", "light", "camera", "physics")
 _OPEN_GRIPPER = 1.0
@@ -103,7 +103,8 @@ def _shifted(env: EnvConfig, levels: dict[str, int]) -> EnvConfig:
 def _sensors_and_delay(env: SimulatorConfig, nominal: Perturbation, axis: str, level: int) -> Perturbation:
     if axis == "sensor_noise":
         return replace(nominal, pixel_noise=PIXEL_NOISE[level - 1], state_noise=STATE_NOISE[level - 1])
-    return replace(nominal, action_delay=ACTION_DELAY[level - 1], open_gripper=_open_gripper(env))
+    steps = max(1, round(ACTION_DELAY_MS[level - 1] / 1000 * env.control_hz))
+    return replace(nominal, action_delay=steps, open_gripper=_open_gripper(env))
 
 
 def _open_gripper(env: SimulatorConfig) -> float:
