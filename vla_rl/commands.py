@@ -29,7 +29,7 @@ from vla_rl.evaluation.result import SUMMARY_FILE, EvalResult
 from vla_rl.evaluation.runs_index import write_runs_index
 from vla_rl.evaluation.stopping import StopRule
 from vla_rl.evaluation.suite import Suite, with_fields, with_known_fields
-from vla_rl.evaluation.tables import latex, markdown, rates_table, tests_table
+from vla_rl.evaluation.tables import latex, markdown, pairs_table, rates_table
 from vla_rl.evaluation.workers import HarnessConfig
 from vla_rl.policies.checkpoints.openvla import OpenVLAOptions
 from vla_rl.real_robot.deploy_config import CAMERA_HZ, DeployConfig, TabletopScene
@@ -532,7 +532,7 @@ def _printed(comparisons: Comparisons, o: CompareOptions) -> str:
         return json.dumps(comparisons.as_dict(), indent=2)
     if o.markdown or o.latex:
         write = markdown if o.markdown else latex
-        return write(rates_table(comparisons)) + "\n" + write(tests_table(comparisons))
+        return write(rates_table(comparisons)) + "\n" + write(pairs_table(comparisons))
     return comparisons.format_table()
 
 

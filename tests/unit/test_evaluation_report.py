@@ -5,17 +5,16 @@ from __future__ import annotations
 import base64
 import itertools
 import re
-import shutil
-import subprocess
 from dataclasses import replace
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
+from tests.unit.html_page import NEEDS_CHROMIUM, Page, in_browser
 from vla_rl.evaluation.charts import Bar, Series, bar_chart, line_chart
 from vla_rl.evaluation.compare import EpisodesDifferError, compare
+from vla_rl.evaluation.page import PANELS, MediaBudget, curve_series, provenance_section
 from vla_rl.evaluation.report import (
     Curve,
     Panel,
@@ -30,10 +29,9 @@ from vla_rl.evaluation.result import Episode, EvalResult
 from vla_rl.evaluation.statistics import wilson
 from vla_rl.evaluation.video import write_video
 from vla_rl.rollout.recorder import Recording
-from vla_rl.train.metrics import MetricsLogger
+from vla_rl.train.metrics import MetricsLogger, read_metrics
 
 SVG = "{http://www.w3.org/2000/svg}"
-VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
 def result(successes: int, n: int = 200, task: str = "reach", first_seed: int = 0) -> EvalResult:
@@ -51,37 +49,6 @@ def rows(sft: int = 90, rl: int = 186, control: int = 92) -> tuple[ReportRow, ..
         ReportRow("shuffled", "control", result(control)),
         ReportRow("expert", "expert", result(198)),
     )
-
-
-class Page(HTMLParser):
-    """Checks that tags nest, and keeps text and attributes."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("style", "script"):
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))
 
 
 def page(tmp_path, data: ReportData) -> tuple[Page, str]:
@@ -188,6 +155,37 @@ def test_curves_come_from_the_metrics(tmp_path):
     assert "Success in training" not in page(tmp_path, only_kl)[0].text.split("Learning curves")[1].split("KL")[1]
 
 
+def test_seeds_become_a_mean_in_a_band_where_all_have_a_value(tmp_path):
+    for seed, slope in enumerate((0.02, 0.06, 0.1)):
+        with MetricsLogger(tmp_path / f"seed_{seed}", tensorboard=False) as log:
+            for i in range(10 - seed):  # the last seed has only 8 iterations
+                log.log(i, {"train/success_rate": slope * i})
+    curve = Curve("RL", "trained", tuple(tmp_path / f"seed_{seed}" for seed in range(3)))
+    runs = [read_metrics(path) for path in curve.metrics]
+    series = curve_series(curve, PANELS[0], runs)
+    assert series.label == "RL (3 seeds)"
+    assert series.x == tuple(range(8))
+    assert series.y == pytest.approx([0.06 * i for i in range(8)])
+    assert series.band[0] == pytest.approx([0.02 * i for i in range(8)])
+    assert series.band[1] == pytest.approx([0.1 * i for i in range(8)])
+    assert curve_series(curve, PANELS[1], runs) is None
+    html, _ = page(tmp_path, ReportData("A run", rows(), "x", curves=(curve,)))
+    assert "Lines are means over the seeds" in html.text
+
+
+def test_a_page_has_room_for_so_many_videos_and_says_how_many_it_leaves_out():
+    budget = MediaBudget(4 * 1000)
+    assert budget.embed(b"x" * 2000, "video/mp4") is not None  # 2668 characters of base64
+    assert budget.note() == ""
+    assert budget.embed(b"x" * 2000, "video/mp4") is None
+    assert budget.embed(b"abc", "image/jpeg") == "data:image/jpeg;base64,YWJj"
+    assert "1 video is left out" in budget.note()
+
+
+def test_a_text_without_end_is_cut():
+    assert len(provenance_section({"diff": "a\n" * 10_000_000})) < 250_000
+
+
 def test_tasks_have_a_chart_each(tmp_path):
     many = tuple(
         replace(row, result=EvalResult.merge([row.result, result(50 + i, 100, task="push")]))
@@ -259,19 +257,15 @@ def test_a_chart_of_nothing_is_an_error():
 
 
 # --------------------------------------------------------------------------------------------------------- browser
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium: apt-get install chromium")
+@NEEDS_CHROMIUM
 def test_a_browser_plays_the_videos(tmp_path):
     video = write_video(tmp_path / "v.mp4", torch.randint(0, 255, (20, 48, 64, 3), dtype=torch.uint8), 10)
     data = ReportData("A run", rows(), "x", videos=(VideoPair(4, "touch 4", video, video, False, True),))
     _, text = page(tmp_path, data)
-    probe = (
-        "<script>addEventListener('load', () => setTimeout(() => { document.title = ["
-        "...document.querySelectorAll('video')].map((v) => "
-        "`${v.videoWidth}x${v.videoHeight} ${v.duration} ${v.error}`).join('; '); }, 1500));</script></body>"
+    title = in_browser(
+        tmp_path,
+        text,
+        "[...document.querySelectorAll('video')].map("
+        "(v) => `${v.videoWidth}x${v.videoHeight} ${v.duration} ${v.error}`).join('; ')",
     )
-    (tmp_path / "probe.html").write_text(text.replace("</body>", probe), encoding="utf-8")
-    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [*browser, "--virtual-time-budget=4000", "--dump-dom", (tmp_path / "probe.html").as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    title = re.search(r"<title>(.*?)</title>", dom).group(1)
     assert title == "256x192 2 null; 256x192 2 null"

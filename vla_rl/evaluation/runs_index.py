@@ -19,7 +19,7 @@ from vla_rl.evaluation.compare import NOMINAL
 from vla_rl.evaluation.conditions_table import STYLES
 from vla_rl.evaluation.page import PANELS, Curve, Panel, curve_series, html_table, metric_points, section, write_page
 from vla_rl.evaluation.result import SUMMARY_FILE
-from vla_rl.evaluation.schema import SchemaError, validate
+from vla_rl.evaluation.schema import validate
 from vla_rl.evaluation.statistics import Rate
 from vla_rl.evaluation.tables import interval
 from vla_rl.train.metrics import METRICS_FILE, Metrics, read_metrics
@@ -119,11 +119,8 @@ def _eval_row(root: Path, path: Path) -> EvalRow:
     try:
         summary = json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))
         validate(summary)
-    except SchemaError as error:
-        version = summary.get("schema_version", 1) if isinstance(summary, dict) else "?"
-        return EvalRow(name, {}, report, f"schema version {version}: {error}")
     except ValueError as error:
-        return EvalRow(name, {}, report, f"damaged: {error}")
+        return EvalRow(name, {}, report, str(error))
     return EvalRow(name, summary, report)
 
 

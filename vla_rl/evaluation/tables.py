@@ -85,7 +85,7 @@ def rates_table(comparisons: Comparisons) -> Table:
     return Table(_caption(comparisons.criterion, confidence), ("", "n", *comparisons.names), tuple(rows))
 
 
-def tests_table(comparisons: Comparisons) -> Table:
+def pairs_table(comparisons: Comparisons) -> Table:
     """One row for each pair of policies: difference, exact McNemar test, and the p-value after Holm's correction."""
     rows = tuple(
         (
