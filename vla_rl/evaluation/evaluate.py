@@ -348,7 +348,7 @@ class _Run:
         self.slots: dict[int, _Slot] = {}
         self.finished: list[Finished] = []
         self.recorder: EpisodeRecorder | None = None
-        self._inner = getattr(env, "step_env", env)
+        self._inner: Any = getattr(env, "step_env", env)
         spec = env.spec
         self.measured: dict[str, Any] = {
             "task": task,
@@ -462,7 +462,7 @@ class _Run:
 
     def _furthest_stages(self, ended: Sequence[int]) -> dict[int, str]:
         """Name of the furthest stage that each of `ended` has reached, "" for none."""
-        names: Sequence[str] = getattr(self._inner, "stage_names", ())
+        names: tuple[str, ...] = tuple(getattr(self._inner, "stage_names", ()))
         if not names or not ended:
             return dict.fromkeys(ended, "")
         reached = self._inner.furthest_stage()

@@ -68,16 +68,18 @@ class StoredPolicy:
         return {"policy": self.label, "policy_digest": weights_digest(self.folder)}
 
     def open(self, spec: EnvSpec) -> Policy:
-        return load_any(self.folder, device=torch.device(self.device), spec=spec, cameras=tuple(spec.cameras))
+        policy: Any = load_any(self.folder, device=torch.device(self.device), spec=spec, cameras=tuple(spec.cameras))
+        return policy
 
     def seen(self) -> dict[str, Any]:
         """Cameras and their size in pixels that the policy was made for, as fields of an environment; {} where its
         folder does not say, or says several sizes."""
         spec = read_description(self.folder)["spec"] if layout_of(self.folder) == "native" else None
-        sizes = {(c["height"], c["width"]) for c in (spec or {}).get("cameras", {}).values()}
+        cameras = (spec or {}).get("cameras", {})
+        sizes = {(c["height"], c["width"]) for c in cameras.values()}
         if len(sizes) != 1 or (size := sizes.pop())[0] != size[1]:
             return {}
-        return {"cameras": tuple(spec["cameras"]), "image_size": size[0]}
+        return {"cameras": tuple(cameras), "image_size": size[0]}
 
 
 @dataclass(frozen=True)
