@@ -55,18 +55,20 @@ class _Client:
 
 
 class PolicyServer:
-    """Serves the policy of `folder`; it is read when the server is made. `api_key`: what clients must send, as openpi's
+    """Serves the policy of a folder, which is read when the server is made, or one that is there. `api_key`: what clients must send, as openpi's
     do, in the header "Authorization: Api-Key ..."; None: none.
 
     `run` blocks; `start` and `stop` are for a server in the background of a process.
     """
 
-    def __init__(self, folder: str | Path, config: ServerConfig | None = None, *, api_key: str | None = None) -> None:
+    def __init__(
+        self, policy: str | Path | ServedPolicy, config: ServerConfig | None = None, *, api_key: str | None = None
+    ) -> None:
         self.config = config or ServerConfig()
         self.port = self.config.port
         self._api_key = None if api_key is None else f"Api-Key {api_key}".encode()
-        self._folder = Path(folder)
-        self._policy = read_policy(self._folder, 1, device=self.config.device, rtc=self.config.rtc)
+        self._folder = None if isinstance(policy, ServedPolicy) else Path(policy)
+        self._policy = policy if isinstance(policy, ServedPolicy) else self._read(Path(policy), 1)
         self._clients: set[_Client] = set()
         self._sessions = itertools.count()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="policy-loader")
@@ -100,12 +102,17 @@ class PolicyServer:
     def reload(self, folder: str | Path | None = None) -> int:
         """Serve the policy of `folder` (None: the same one, which was written again) from the next batch on; returns
         its version. Clients notice nothing but the version. Raises as `load_any`, and ValueError for a policy that
-        takes or returns something else than this one; then this one goes on."""
+        takes or returns something else than this one, or that has no folder; then this one goes on."""
         return self._loader.submit(self._swap, self._folder if folder is None else Path(folder)).result()
 
-    def _swap(self, folder: Path) -> int:
+    def _read(self, folder: Path, version: int) -> ServedPolicy:
+        return read_policy(folder, version, device=self.config.device, rtc=self.config.rtc)
+
+    def _swap(self, folder: Path | None) -> int:
         """In the loader's thread, one at a time."""
-        new = read_policy(folder, self._policy.version + 1, device=self.config.device, rtc=self.config.rtc)
+        if folder is None:
+            raise ValueError(f"{self._policy.name} was not read from a folder; name one")
+        new = self._read(folder, self._policy.version + 1)
         if _contract(new) != _contract(self._policy):
             raise ValueError(
                 f"{folder}: its horizon, actions, cameras or state are {_contract(new)}, "
@@ -142,7 +149,7 @@ class PolicyServer:
             async with self._listen() as server:
                 self.port = next(iter(server.sockets)).getsockname()[1]
                 ready.set_result(None)
-                _LOG.warning("serving %s on ws://%s:%d", self._folder, c.host, self.port)
+                _LOG.warning("serving %s on ws://%s:%d", self._folder or self._policy.name, c.host, self.port)
                 await self._stopped.wait()
         except BaseException as error:
             if not ready.done():
