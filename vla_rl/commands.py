@@ -24,7 +24,7 @@ from vla_rl.evaluation.eval_report import criterion_of, write_eval_report
 from vla_rl.evaluation.harness import describe_precision, run_suite
 from vla_rl.evaluation.journal import JOURNAL_FILE
 from vla_rl.evaluation.page import Curve
-from vla_rl.evaluation.policies import Actor, Expert, StoredPolicy, actor_of
+from vla_rl.evaluation.policies import Actor, Expert, ServedPolicy, StoredPolicy, actor_of
 from vla_rl.evaluation.result import SUMMARY_FILE, EvalResult
 from vla_rl.evaluation.runs_index import write_runs_index
 from vla_rl.evaluation.stopping import StopRule
@@ -41,7 +41,7 @@ from vla_rl.train.pipeline import run_pipeline, write_run_report
 from vla_rl.train.ray_learners import LearnersConfig, run_learners
 from vla_rl.train.recipe import Recipe
 from vla_rl.train.run_folder import CONFIG_FILE, open_run_folder, read_config, write_provenance
-from vla_rl.train.stages import best_of, fine_tune, harness_config, record_demos, reinforce, suite_of
+from vla_rl.train.stages import best_of, fine_tune, harness_config, recipe_of, record_demos, reinforce, suite_of
 
 RecipeFields = Annotated[Recipe, tyro.conf.arg(name="")]
 _UNSET: Any = tyro.MISSING
@@ -338,7 +338,29 @@ def _eval_suite(policy: str, name: str, argv: list[str]) -> EvalResult:
     fields |= {"num_workers": o.sim_workers} if o.sim_workers is not None else {}
     suite = with_fields(with_known_fields(suite, seen), fields)
     config = o.config(None if recipe is None else recipe.train.execution_horizon)
+    if suite.robot == "twin":
+        return _evaluate_on_twin(suite, actor, o, config)
     return _evaluate(suite, actor, o.out, config, o.resume)
+
+
+def _evaluate_on_twin(suite: Suite, actor: Actor, o: EvalSuiteOptions, config: HarnessConfig) -> EvalResult:
+    """In real time, through the safety filter; so there is one episode after the other, and none is run again."""
+    require_serving()
+    from vla_rl.real_robot.deploy import deploy
+
+    if o.resume or o.workers > 1 or config.stop is not None:
+        raise UsageError("eval: the twin runs in real time; leave --resume, --workers and --stop.* out")
+    if not isinstance(actor, StoredPolicy | ServedPolicy) or o.remote != RemoteConfig():
+        raise UsageError("eval: on the twin a policy is asked through a server: name a folder, or ws://host:port")
+    torch.set_num_threads(1)  # of the control loop, which shares the machine with the policy
+    scene = TabletopScene.of(recipe_of(suite, config.execution_horizon), actor.label)
+    scene = replace(scene, protocol={**scene.protocol, "suite": suite.describe()})
+    url = actor.url if isinstance(actor, ServedPolicy) else ""
+    options = DeployConfig(episodes=suite.num_episodes, server=url, num_videos=o.num_videos)
+    result = deploy(scene, actor.folder if isinstance(actor, StoredPolicy) else None, o.out, options)
+    write_provenance(o.out)
+    print(f"report: {write_eval_report(o.out, suite.criterion)}", file=sys.stderr)
+    return result
 
 
 def _actor(policy: str, device: str, remote: RemoteConfig) -> Actor:
@@ -500,7 +522,7 @@ class CompareOptions:
 def compare_command(argv: list[str]) -> int:
     """Evaluations of the same episodes: each against the first, and every pair with Holm's correction."""
     o: CompareOptions = _parse(CompareOptions, argv, "compare")
-    names = o.names or tuple(str(folder) for folder in o.folders)
+    names = o.names or _short_names(o.folders)
     if len(o.folders) < 2 or len(names) != len(o.folders) or len(set(names)) != len(names):
         raise UsageError("compare: name two folders or more, each with a name of its own (--names A B ...)")
     if o.json + o.markdown + o.latex > 1:
@@ -525,6 +547,16 @@ def compare_command(argv: list[str]) -> int:
         what = "the lower end of its interval" if o.fail_on == "low" else "its success rate"
         print(f"{name}: {what} is under {o.fail_under:g}", file=sys.stderr)
     return 3 if missed else 0
+
+
+def _short_names(folders: tuple[Path, ...]) -> tuple[str, ...]:
+    """The ends of the paths, as long as it takes to tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        names = tuple("/".join(part[-length:]) for part in parts)
+        if len(set(names)) == len(names):
+            return names
+    return tuple(str(folder) for folder in folders)
 
 
 def _printed(comparisons: Comparisons, o: CompareOptions) -> str:

@@ -196,7 +196,10 @@ def test_evaluations_in_other_worlds_are_told_apart(uninterrupted, tmp_path, cap
     policy = str(uninterrupted / "sft" / "policy")
     assert main(["eval", "--policy", policy, "--out", str(tmp_path / "e"), "--env.randomization", "test"]) == 0
     capsys.readouterr()
-    assert main(["compare", str(uninterrupted / "evaluation" / "sft"), str(tmp_path / "e")]) == 0
+    command = ["compare", str(uninterrupted / "evaluation" / "sft"), str(tmp_path / "e")]
+    assert main(command) == 1
+    assert "was evaluated on suite recipe v1" in capsys.readouterr().err
+    assert main([*command, "--across-suites"]) == 0
     assert "randomization is 'off' in" in capsys.readouterr().out
 
 

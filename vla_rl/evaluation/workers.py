@@ -74,7 +74,7 @@ class Job:
 
     def play_all(self, todo: Mapping[int, Sequence[int]], report: Report) -> None:
         """Run the episodes of `todo`, case by case; `report` hears of each, and True ends the case."""
-        policy: Policy | None = None
+        policy: Policy | None = self.actor.policy if isinstance(self.actor, ReadyPolicy) else None
         try:
             for c, indices in todo.items():
                 if not indices:
@@ -148,7 +148,7 @@ def run_job(job: Job, todo: Mapping[int, Sequence[int]], report: Report) -> None
             theirs.close()
             processes.append(process)
             connections.append(ours)
-        _listen(connections, report)
+        listen(connections, report)
     finally:
         for process in processes:
             process.terminate()
@@ -170,8 +170,8 @@ def deal(todo: Mapping[int, Sequence[int]], workers: int, block: int) -> list[di
     return shares
 
 
-def _listen(connections: Sequence[Connection], report: Report) -> None:
-    """Until every worker is done."""
+def listen(connections: Sequence[Connection], report: Report) -> None:
+    """Hear every worker until all are done. Raises WorkerError for one that fails or falls silent."""
     running = list(connections)
     while running:
         for ready in wait(running):
@@ -233,4 +233,4 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-__all__ = ["HarnessConfig", "Job", "WorkerError", "deal", "run_job"]
+__all__ = ["HarnessConfig", "Job", "WorkerError", "deal", "listen", "run_job"]

@@ -250,6 +250,16 @@ def suite_of(recipe: Recipe, config: EvalConfig) -> Suite:
     return Suite("recipe", version=1, cases=cases, protocol=protocol_of(recipe.env, config.split))
 
 
+def recipe_of(suite: Suite, execution_horizon: int | None) -> Recipe:
+    """A recipe whose evaluation has the episodes of a suite of one case, for who asks for a recipe."""
+    (case,) = suite.cases
+    evaluation = EvalConfig(num_episodes=case.num_episodes, split=case.split, first_seed=case.first_seed)
+    recipe = Recipe(env=case.env, evaluation=evaluation)
+    if execution_horizon is None:
+        return recipe
+    return replace(recipe, train=replace(recipe.train, execution_horizon=execution_horizon))
+
+
 def harness_config(
     recipe: Recipe, config: EvalConfig, *, workers: int = 1, stop: StopRule | None = None
 ) -> HarnessConfig:
@@ -294,5 +304,5 @@ def evaluate_stage(recipe: Recipe, policy_folder: Path, out: Path, *, label: str
 
 __all__ = [
     "best_of", "evaluate_expert", "evaluate_policy", "evaluate_stage", "fine_tune", "harness_config", "load_for",
-    "record_demos", "reinforce", "save_untrained", "suite_of",
+    "recipe_of", "record_demos", "reinforce", "save_untrained", "suite_of",
 ]  # fmt: skip
