@@ -144,6 +144,16 @@ def test_paired_rate_difference_by_hand():
     assert (first.low, second.high) == (pytest.approx(0.2993, abs=1e-4), pytest.approx(0.9193, abs=1e-4))
 
 
+def test_paired_rate_difference_equals_newcombes_worked_example():
+    # Newcombe (1998), Statistics in Medicine 17:2635, cells 36, 12, 2, 0: method 10 gives .0569 to .3404.
+    result = paired_rate_difference(both=36, only_first=2, only_second=12, neither=0)
+    assert (result.value, result.low, result.high) == (
+        0.2,
+        pytest.approx(0.0569, abs=5e-5),
+        pytest.approx(0.3404, abs=5e-5),
+    )
+
+
 def test_paired_rate_difference_has_width_without_discordant_pairs():
     same = paired_rate_difference(both=40, only_first=0, only_second=0, neither=10)
     assert same.value == 0
