@@ -18,6 +18,7 @@ from torch import nn
 from vla_rl.core import ActionChunk, ActionSpec, CameraSpec, EnvSpec, Observation
 from vla_rl.envs.tabletop import make_tabletop
 from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.evaluation.action_curves import read_plan
 from vla_rl.evaluation.evaluate import Finished, Labels, evaluate, evaluate_controller, play, policy_noise
 from vla_rl.evaluation.result import EPISODES_FILE, SCHEMA_VERSION, SUMMARY_FILE, Episode, EvalResult
 from vla_rl.evaluation.video import read_video
@@ -456,6 +457,9 @@ def test_chosen_episodes_are_filmed_and_only_they(tmp_path):
         assert recording.num_frames == episode.length
         assert (recording.success, recording.instruction) == (episode.success_once, episode.instruction)
         assert len(read_video(recording.path)) == episode.length
+        plan = read_plan(recording.path)
+        assert plan.chunks.shape[1:] == (MLPPolicy.action_horizon, MLPPolicy.action_dim)
+        assert (plan.num_steps, plan.executed.max()) == (episode.length, filmed.config["execution_horizon"])
     assert not recorder.wants(103)
 
 

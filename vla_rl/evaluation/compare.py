@@ -158,6 +158,7 @@ class Comparisons:
     confidence: float
     against_first: tuple[Comparison, ...]
     pairs: tuple[PairTest, ...]
+    across_suites: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -165,6 +166,7 @@ class Comparisons:
             "criterion": self.criterion,
             "confidence": self.confidence,
             "correction": "holm",
+            "across_suites": self.across_suites,
             "against_first": [comparison.as_dict() for comparison in self.against_first],
             "pairs": [pair.as_dict() for pair in self.pairs],
         }
@@ -260,6 +262,7 @@ def compare_all(
             PairTest(a, b, comparison.overall, p)
             for ((a, b), comparison), p in zip(done.items(), corrected, strict=True)
         ),
+        across_suites=across_suites,
     )
 
 

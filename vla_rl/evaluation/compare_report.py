@@ -48,7 +48,6 @@ def write_comparison(
     *,
     command: str = "",
     curves: Sequence[Curve] = (),
-    across_suites: bool = False,
 ) -> Path:
     """Write the comparison as one HTML file and return its path.
 
@@ -68,7 +67,7 @@ def write_comparison(
             _tests(comparisons),
             _tasks(comparisons),
             conditions_section({name: result for name, (_, result) in results.items()}, comparisons.criterion, unable),
-            _films((names[0], *first), (names[-1], *last), comparisons.criterion, across_suites, budget),
+            _films((names[0], *first), (names[-1], *last), comparisons, budget),
             failure_gallery(
                 last[0],
                 meant_to_succeed(last[1]),
@@ -166,10 +165,10 @@ def _rate(rate: Rate) -> str:
 Side = tuple[str, Path, EvalResult]
 
 
-def _films(first: Side, second: Side, criterion: str, across_suites: bool, budget: MediaBudget) -> str:
+def _films(first: Side, second: Side, comparisons: Comparisons, budget: MediaBudget) -> str:
     """The first episodes that both were filmed in, side by side, with their action chunks."""
     names = (first[0], second[0])
-    pairs, _ = paired_episodes(first[2], second[2], names=names, across_suites=across_suites)
+    pairs, _ = paired_episodes(first[2], second[2], names=names, across_suites=comparisons.across_suites)
     figures, shown, drawn = "", 0, False
     for a, b in pairs:
         films = (first[1] / a.video, second[1] / b.video)
@@ -181,7 +180,7 @@ def _films(first: Side, second: Side, criterion: str, across_suites: bool, budge
         sides = ""
         for name, episode, film, plan in zip(names, (a, b), films, plans, strict=True):
             curves = action_curves(plan, *scale) if plan is not None and scale is not None else ""
-            sides += _side(name, episode, film, curves, criterion, budget)
+            sides += _side(name, episode, film, curves, comparisons.criterion, budget)
         where = f"{a.task}{f', {a.condition}' if a.condition else ''}, seed {a.seed}"
         figures += (
             f'<figure class="pair"><figcaption><q>{escape(a.instruction)}</q> <small>{escape(where)}</small>'
