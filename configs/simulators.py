@@ -1,6 +1,6 @@
 """Recipes of other people's simulators. All but Gymnasium's want an environment first: `vla-rl env install NAME`.
 
-ManiSkill's are from the state: twenty noisy demonstrations, cloned by a small flow policy that then learns online.
+ManiSkill's are from the state: twenty noisy demonstrations, cloned by a small flow policy that EXPO then edits online.
 LIBERO's is the tiny VLA from one camera and WSRL; the others are that VLA and Flow-SDE PPO at a size for two cores.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from vla_rl.configs.demo import demo
 from vla_rl.configs.offpolicy import vla_offline_to_online
-from vla_rl.data.replay import ReplayConfig, SamplingWeights
+from vla_rl.data.replay import ReplayConfig
 from vla_rl.envs.config import AnyEnvConfig
 from vla_rl.envs.gym import FunctionExpertConfig, GymConfig
 from vla_rl.envs.libero import LiberoConfig
@@ -23,13 +23,10 @@ from vla_rl.envs.ogbench_expert import CubeOracleConfig
 from vla_rl.envs.remote_expert import RemoteExpertConfig
 from vla_rl.envs.robosuite import RobosuiteConfig
 from vla_rl.offpolicy.bc_flow import FlowNetConfig
-from vla_rl.offpolicy.critics import EnsembleReduction, MLPCriticConfig
+from vla_rl.offpolicy.critics import MLPCriticConfig
 from vla_rl.offpolicy.edits import EditConfig
 from vla_rl.offpolicy.expo import ExpoConfig
-from vla_rl.offpolicy.improvement import ImprovementConfig
 from vla_rl.offpolicy.networks import ActorNetConfig
-from vla_rl.offpolicy.pa_rl import CriticAgentConfig
-from vla_rl.offpolicy.policy_learner import PolicyLearnerConfig
 from vla_rl.offpolicy.qc import QCConfig
 from vla_rl.onpolicy import PPOConfig
 from vla_rl.policies.flow_mlp import FlowMLPConfig
@@ -83,35 +80,10 @@ def maniskill_push_cube() -> Recipe:
 
 
 def maniskill_pick_cube() -> Recipe:
-    """ManiSkill PickCube from the state: 20 noisy demonstrations, then imitation of its own successes and of what a
-    critic prefers.
+    """ManiSkill PickCube from the state: 20 noisy demonstrations, then EXPO online.
 
-    With twice the noise the expert succeeds in 1 of 15: success requires the robot to stand still. EXPO loses here what
-    fine-tuning gave (26% to 10% after 7000 control steps, one run)."""
-    recipe = _maniskill("PickCube-v1", 0.2)
-    assert isinstance(recipe.train, OffPolicyConfig)
-    assert recipe.train.online is not None
-    agent = PolicyLearnerConfig(
-        critic=CriticAgentConfig(
-            critic=MLPCriticConfig(4, (256, 256)),
-            tau=0.01,
-            target_reduction=EnsembleReduction("min", 2),
-            improvement=ImprovementConfig(num_candidates=8, num_kept=1, num_steps=0),
-        ),
-        policy_learning_rate=3e-4,
-        improve_weight=0.3,
-        bc_weight=1.0,
-        critic_warmup_calls=200,
-    )
-    return replace(
-        recipe,
-        train=replace(
-            recipe.train,
-            agent=agent,
-            replay=replace(recipe.train.replay, weights=SamplingWeights(success=10.0)),
-            online=replace(recipe.train.online, utd_ratio=0.5),
-        ),
-    )
+    With twice the noise the expert succeeds in 1 of 15: success requires the robot to stand still."""
+    return _maniskill("PickCube-v1", 0.2)
 
 
 def ogbench_cube() -> Recipe:
