@@ -23,8 +23,8 @@ _CLUTTER = (0, 2, 4, 6)  # objects more than in training, by level
 _CLUTTER_SHAPES = ("sphere", "cylinder", "box")
 _CLUTTER_HALF = 0.018  # m
 _CLUTTER_CLEARANCE = 0.085  # m from every object of the task: room for open jaws
-_CLUTTER_SPACING = 0.055  # m between each other
-_CLUTTER_REGIONS = (Region(x=(0.34, 0.66), y=(-0.27, 0.27)),)
+_CLUTTER_SPACING = 0.045  # m between each other
+_CLUTTER_REGIONS = (Region(x=(0.34, 0.66), y=(-0.23, 0.23)),)
 _STREAM = 3  # of `RandomizationConfig`: other numbers than the levels "train" and "test"
 _UNSEEN_TEXTURES = ("grid", "tiles", "gravel")
 
@@ -93,7 +93,7 @@ class SceneShift:
 _CAMERAS: tuple[dict[str, CameraJitter], ...] = (
     {"agent": CameraJitter(0.01, 0.01, 1.0), "wrist": CameraJitter(0.003, 0.02, 1.5)},
     {"agent": CameraJitter(0.02, 0.02, 2.0), "wrist": CameraJitter(0.006, 0.04, 3.0)},
-    {"agent": CameraJitter(0.04, 0.04, 4.0), "wrist": CameraJitter(0.012, 0.08, 6.0)},
+    {"agent": CameraJitter(0.03, 0.03, 3.0), "wrist": CameraJitter(0.01, 0.06, 5.0)},
 )
 _PHYSICS: tuple[PhysicsConfig, ...] = (
     PhysicsConfig(mass=(0.8, 1.25), friction=(0.85, 1.2), gain=(0.9, 1.1), damping=(0.7, 1.4)),

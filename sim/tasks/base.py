@@ -204,16 +204,17 @@ def free_points(
 ) -> dict[str, Pose]:
     """A pose in its region for each name, `clearance` m from all points of `taken` and `spacing` m from each other.
     Raises ValueError where they do not fit."""
-    poses: dict[str, Pose] = {}
-    for name, region in regions.items():
-        for x, y in zip(rng.uniform(*region.x, 2000).tolist(), rng.uniform(*region.y, 2000).tolist(), strict=True):
-            near = any(math.hypot(x - a, y - b) < clearance for a, b in taken)
-            if not near and all(math.hypot(x - p.x, y - p.y) >= spacing for p in poses.values()):
-                poses[name] = Pose(x, y)
-                break
-        else:
-            raise ValueError(f"free_points: no place for {name} in {region}")
-    return poses
+    for _ in range(50):  # restarts: bad first points can make the rest impossible
+        poses: dict[str, Pose] = {}
+        for name, region in regions.items():
+            for x, y in rng.uniform((region.x[0], region.y[0]), (region.x[1], region.y[1]), (200, 2)).tolist():
+                near = any(math.hypot(x - a, y - b) < clearance for a, b in taken)
+                if not near and all(math.hypot(x - p.x, y - p.y) >= spacing for p in poses.values()):
+                    poses[name] = Pose(x, y)
+                    break
+        if len(poses) == len(regions):
+            return poses
+    raise ValueError(f"free_points: {len(regions)} objects do not fit into {set(regions.values())} beside {taken}")
 
 
 # -------------------------------------------------------------------------------------------------- judging a state

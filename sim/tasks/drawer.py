@@ -20,8 +20,8 @@ _TOP = 0.108  # m, z of a distractor that stands on a cabinet
 OPENED, SHUT = 0.09, 0.012  # m: a drawer counts as open beyond the one, as closed within the other
 AT_HANDLE = 0.05  # m from the fingertip to a handle that it is about to move
 _SLOTS = (-0.17, 0.0, 0.17)  # m, y of the cabinets
-# Where more objects than the task's may stand: beside the cabinets, for before them drawers open.
-CLUTTER_REGIONS = (Region(x=(0.38, 0.60), y=(-0.31, -0.25)), Region(x=(0.38, 0.60), y=(0.25, 0.31)))
+# Where more objects than the task's may stand: nearer to the robot than an open drawer's tray, and below its handle.
+CLUTTER_REGIONS = (Region(x=(0.335, 0.38), y=(-0.22, 0.0)), Region(x=(0.335, 0.38), y=(0.0, 0.22)))
 _REGION = Region(x=(0.60, 0.63), y=(-0.015, 0.015))
 _OOD_REGION = Region(x=(0.575, 0.65), y=(-0.024, 0.024), hole=_REGION)
 

@@ -45,7 +45,7 @@ class Push:
     name = "push"
     max_episode_steps = 100
     stage_names = ("reached", "moved", "near the zone", "on the zone")
-    clutter_regions = (Region(x=(0.36, 0.62), y=(-0.29, -0.17)), Region(x=(0.36, 0.62), y=(0.17, 0.29)))
+    clutter_regions = (Region(x=(0.36, 0.62), y=(-0.225, -0.16)), Region(x=(0.36, 0.62), y=(0.16, 0.225)))
     goal_names = ("block_x", "block_y", "zone_x", "zone_y")
     tolerance = 0.03
     still = 0.15
