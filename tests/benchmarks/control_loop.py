@@ -3,13 +3,12 @@ costs. An arm without physics; the supervisor and the policy are processes of th
 
 Twice: as the machine is, and beside `--busy` processes that compute all the time.
 
-make bench NAME=control_loop ARGS="--seconds 20"
+    make bench NAME=control_loop ARGS="--save"
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import multiprocessing
 import os
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from tests.benchmarks.harness import BenchmarkResult, hardware
 from tests.unit.sim_arm import SPEC, Reaching, SimArm, SimCamera
 from vla_rl.real_robot.control_loop import ControlLoop, LoopConfig, LoopParts
 from vla_rl.real_robot.inference import Inference, PolicyProcess
@@ -26,15 +26,18 @@ from vla_rl.real_robot.safety import SafetyConfig
 from vla_rl.real_robot.supervisor import SupervisorClient, SupervisorConfig
 from vla_rl.serving.broker import BrokerConfig
 
+GOAL_MS = 1.0
+
 
 @dataclass(frozen=True)
 class ControlLoopBenchmark:
     """`seconds`: of each case. `busy`: processes that compute beside the second case; 0: as many as cores.
-    `inference_s`: of computing for each chunk."""
+    `inference_s`: of computing for each chunk. `save`: keep the result beside it."""
 
     seconds: float = 20.0
     busy: int = 0
     inference_s: float = 0.05
+    save: bool = False
 
 
 class ComputingPolicy(Reaching):
@@ -83,17 +86,33 @@ def measure(config: ControlLoopBenchmark) -> dict[str, Any]:
 
 
 def main(config: ControlLoopBenchmark) -> None:
-    cores = len(os.sched_getaffinity(0))
-    result: dict[str, Any] = {"cores": cores, "load": round(os.getloadavg()[0], 2), "as_it_is": measure(config)}
-    burners = [multiprocessing.Process(target=_compute, daemon=True) for _ in range(config.busy or cores)]
+    machine = hardware()
+    idle = measure(config)
+    print(f"as the machine is: {idle}", flush=True)
+    count = config.busy or len(os.sched_getaffinity(0))
+    burners = [multiprocessing.Process(target=_compute, daemon=True) for _ in range(count)]
     for process in burners:
         process.start()
     try:
-        result["busy"] = measure(config)
+        busy = measure(config)
     finally:
         for process in burners:
             process.kill()
-    print(json.dumps(result))
+    print(f"beside {count} processes that compute: {busy}")
+    BenchmarkResult(
+        name="control_loop",
+        ours=idle["period_error_p99_ms"],
+        peer=None,
+        ratio=None,
+        unit=f"ms, p99 of the period's error at {SPEC.rate_hz:.0f} Hz with inference running",
+        details={
+            "goal_ms": GOAL_MS,
+            "as_it_is": idle,
+            "busy": busy,
+            "config": {"seconds": config.seconds, "busy": count, "inference_s": config.inference_s},
+            "hardware": machine,
+        },
+    ).finish(config.save)
 
 
 if __name__ == "__main__":
