@@ -232,7 +232,9 @@ def _outcomes(rate: Rate) -> list[float]:
 def write_chart(result: ForgettingResult, path: Path, title: str) -> None:
     """An SVG file of its own: the chart with the colours of the reports."""
     css = (Path(vla_rl.evaluation.__path__[0]) / "report.css").read_text(encoding="utf-8")
-    opening, end, rest = forgetting_chart(result, title).partition(">")
+    opening, end, rest = forgetting_chart(result, title, {"other": "reinforcement without KL to the base"}).partition(
+        ">"
+    )
     path.write_text(f"{opening}{end}<style>{css}</style>{rest}", encoding="utf-8")
 
 

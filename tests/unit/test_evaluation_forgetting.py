@@ -223,5 +223,20 @@ def test_chart_is_an_svg_with_every_policy_and_its_numbers_in_words():
     assert len(marks) == 2 + 2  # the points and the legend's
     whiskers = [e.attrib["d"] for e in svg.iter() if e.attrib.get("class") == "whisker"]
     assert len(whiskers) == 2
+    renamed = forgetting_chart(result, group_names={"sft": "cloned"})
+    assert "cloned" in renamed
+    assert "supervised fine-tuning" not in renamed
     left, right = whiskers[1].removeprefix("M").split(" ")[0], whiskers[1].split("H")[1].split("M")[0]
     assert float(left) < float(right)  # from 1.5 to 2.5 nats
+
+
+def test_chart_labels_points_by_what_sets_their_names_apart():
+    base, tuned, kl, _ = _forgetting()
+    names = ("SFT 30", "SFT 300")
+    result = measure_forgetting(
+        {"base": base} | dict.fromkeys(names, tuned), dict.fromkeys(names, kl),
+        {"base": "base"} | dict.fromkeys(names, "sft"), new_tasks=["new"], sampler="",
+    )  # fmt: skip
+    svg = ET.fromstring(forgetting_chart(result))
+    texts = [element.text for element in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"30", "300", "base"} <= set(texts)

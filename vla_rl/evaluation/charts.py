@@ -148,7 +148,7 @@ def scatter_chart(points: Sequence[Point], title: str, *, x_label: str) -> str:
     """
     if not points:
         raise ValueError(f"scatter_chart: no points for {title!r}")
-    left, right, top, bottom = 44.0, _WIDTH - 12.0, 10.0, 196.0
+    left, right, top, bottom = 44.0, _WIDTH - 12.0, 26.0, 212.0
     ticks = _ticks(0.0, max(point.x_high for point in points) or 1.0, 4)
 
     def px(x: float) -> float:

@@ -12,6 +12,7 @@ noise (half the standard deviation is four times the KL) and must be read with i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -289,14 +290,20 @@ _GROUPS: dict[Role, tuple[str, str]] = {
 }
 
 
-def forgetting_chart(result: ForgettingResult, title: str = "Forgetting") -> str:
+def forgetting_chart(
+    result: ForgettingResult, title: str = "Forgetting", group_names: Mapping[Role, str] | None = None
+) -> str:
     """One SVG: the success on the old tasks against KL(base || policy), each policy a point with its intervals.
 
+    Beside a point stands what sets its name apart in its group. `group_names`: for the legend, in place of ours.
     Colours are the classes of report.css, as those of all charts.
     """
     points = []
     for policy in result.policies:
         group, style = _GROUPS[policy.role]
+        group = (group_names or {}).get(policy.role, group)
+        shared = os.path.commonprefix([other.name for other in result.policies if other.role == policy.role])
+        label = policy.name[shared.rfind(" ") + 1 :] if shared != policy.name else policy.name
         kl = policy.divergence or Divergence(0.0, 0.0, 0.0, 0, 0)
-        points.append(Point(policy.name, group, style, kl.value, kl.low, kl.high, policy.old))
+        points.append(Point(label, group, style, kl.value, kl.low, kl.high, policy.old))
     return scatter_chart(points, title, x_label="KL(base || policy) on the new task, nats a decision")
