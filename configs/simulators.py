@@ -27,6 +27,7 @@ from vla_rl.offpolicy.critics import MLPCriticConfig
 from vla_rl.offpolicy.edits import EditConfig
 from vla_rl.offpolicy.expo import ExpoConfig
 from vla_rl.offpolicy.networks import ActorNetConfig
+from vla_rl.offpolicy.policy_learner import PolicyLearnerConfig
 from vla_rl.offpolicy.qc import QCConfig
 from vla_rl.onpolicy import PPOConfig
 from vla_rl.policies.flow_mlp import FlowMLPConfig
@@ -151,13 +152,14 @@ def _libero(task: str) -> Recipe:
     assert isinstance(start.train, OffPolicyConfig)
     assert start.train.offline is not None
     assert start.train.online is not None
+    assert isinstance(start.train.online_agent, PolicyLearnerConfig)
     online = replace(
         start.train.online,
         num_env_steps=19_200,
         num_envs=8,
         execution_horizon=chunk,
         warmup_env_steps=3_200,
-        utd_ratio=0.1,
+        utd_ratio=0.25,
         observe_every_step=False,
         env_steps_per_iteration=1_600,
         eval_interval=0,  # a hundred episodes are as many control steps as all of this
@@ -173,6 +175,7 @@ def _libero(task: str) -> Recipe:
             replay=replace(start.train.replay, gamma=0.97),
             offline=replace(start.train.offline, num_updates=300),
             online=online,
+            online_agent=replace(start.train.online_agent, policy_updates=2),
         ),
         evaluation=EvalConfig(num_episodes=100, num_envs=8, policy_batch_size=8, num_videos=2),
     )
