@@ -12,7 +12,6 @@ noise (half the standard deviation is four times the KL) and must be read with i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -302,8 +301,15 @@ def forgetting_chart(
     for policy in result.policies:
         group, style = _GROUPS[policy.role]
         group = (group_names or {}).get(policy.role, group)
-        shared = os.path.commonprefix([other.name for other in result.policies if other.role == policy.role])
-        label = policy.name[shared.rfind(" ") + 1 :] if shared != policy.name else policy.name
+        label = _apart(policy.name, [other.name for other in result.policies if other.role == policy.role])
         kl = policy.divergence or Divergence(0.0, 0.0, 0.0, 0, 0)
         points.append(Point(label, group, style, kl.value, kl.low, kl.high, policy.old))
     return scatter_chart(points, title, x_label="KL(base || policy) on the new task, nats a decision")
+
+
+def _apart(name: str, names: Sequence[str]) -> str:
+    """`name` without the words that all of several `names` begin with."""
+    words, num_shared = name.split(), 0
+    while len(names) > 1 and all(other.split()[:num_shared] == words[:num_shared] for other in names):
+        num_shared += 1
+    return " ".join(words[max(0, num_shared - 1) :]) or name
