@@ -29,7 +29,7 @@ from vla_rl.evaluation.result import SUMMARY_FILE, EvalResult
 from vla_rl.evaluation.runs_index import write_runs_index
 from vla_rl.evaluation.stopping import StopRule
 from vla_rl.evaluation.suite import Suite, with_fields, with_known_fields
-from vla_rl.evaluation.tables import latex, markdown, pairs_table, rates_table
+from vla_rl.evaluation.tables import evaluation_table, latex, markdown, pairs_table, rates_table
 from vla_rl.evaluation.workers import HarnessConfig
 from vla_rl.policies.checkpoints.openvla import OpenVLAOptions
 from vla_rl.real_robot.deploy_config import CAMERA_HZ, DeployConfig, TabletopScene
@@ -254,7 +254,8 @@ class EvalSuiteOptions:
     privileged_state: what the policy sees; default is what a policy of ours was made for, else the suite's.
     execution_horizon: control steps of each chunk that are executed; default is that of the run that the policy lies
     in, else all. num_envs, workers (processes), sim_workers (of simulators in processes of their own): change the speed
-    alone. policy_batch_size, noise_seed: part of the protocol. remote: of a policy behind a server."""
+    alone. policy_batch_size, noise_seed: part of the protocol. remote: of a policy behind a server. twin: of a suite on
+    the twin, as in `deploy`."""
 
     out: Path = _UNSET
     resume: bool = False
@@ -274,6 +275,7 @@ class EvalSuiteOptions:
     torch_threads: int = 1
     stop: StopOptions = field(default_factory=StopOptions)
     remote: RemoteConfig = field(default_factory=RemoteConfig)
+    twin: DeployConfig = field(default_factory=DeployConfig)
 
     def config(self, execution_horizon: int | None) -> HarnessConfig:
         return HarnessConfig(
@@ -338,6 +340,8 @@ def _eval_suite(policy: str, name: str, argv: list[str]) -> EvalResult:
     fields |= {"num_workers": o.sim_workers} if o.sim_workers is not None else {}
     suite = with_fields(with_known_fields(suite, seen), fields)
     config = o.config(None if recipe is None else recipe.train.execution_horizon)
+    if suite.robot != "twin" and o.twin != DeployConfig():
+        raise UsageError(f"eval: --twin.* is for suites on the twin, and {name} is none")
     if suite.robot == "twin":
         return _evaluate_on_twin(suite, actor, o, config)
     return _evaluate(suite, actor, o.out, config, o.resume)
@@ -350,13 +354,16 @@ def _evaluate_on_twin(suite: Suite, actor: Actor, o: EvalSuiteOptions, config: H
 
     if o.resume or o.workers > 1 or config.stop is not None:
         raise UsageError("eval: the twin runs in real time; leave --resume, --workers and --stop.* out")
+    own = DeployConfig()
+    if (o.twin.episodes, o.twin.server, o.twin.num_videos) != (own.episodes, own.server, own.num_videos):
+        raise UsageError("eval: --episodes, --policy ws://... and --num-videos say what --twin.* would")
     if not isinstance(actor, StoredPolicy | ServedPolicy) or o.remote != RemoteConfig():
         raise UsageError("eval: on the twin a policy is asked through a server: name a folder, or ws://host:port")
     torch.set_num_threads(1)  # of the control loop, which shares the machine with the policy
     scene = TabletopScene.of(recipe_of(suite, config.execution_horizon), actor.label)
     scene = replace(scene, protocol={**scene.protocol, "suite": suite.describe()})
     url = actor.url if isinstance(actor, ServedPolicy) else ""
-    options = DeployConfig(episodes=suite.num_episodes, server=url, num_videos=o.num_videos)
+    options = replace(o.twin, episodes=suite.num_episodes, server=url, num_videos=o.num_videos)
     result = deploy(scene, actor.folder if isinstance(actor, StoredPolicy) else None, o.out, options)
     write_provenance(o.out)
     print(f"report: {write_eval_report(o.out, suite.criterion)}", file=sys.stderr)
@@ -484,16 +491,24 @@ def _take(argv: list[str], option: str, command: str = "eval") -> tuple[str | No
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """folder: that `run` or `eval` wrote."""
+    """folder: that `run` or `eval` wrote. markdown, latex: print the table of an evaluation instead."""
 
     folder: tyro.conf.Positional[Path]
+    markdown: bool = False
+    latex: bool = False
 
 
 def report_command(argv: list[str]) -> int:
     """Write the report of a run or of an evaluation once more."""
-    folder = _parse(ReportOptions, argv, "report").folder
-    is_evaluation = (folder / SUMMARY_FILE).is_file()
-    print(write_eval_report(folder) if is_evaluation else write_run_report(folder))
+    o: ReportOptions = _parse(ReportOptions, argv, "report")
+    is_evaluation = (o.folder / SUMMARY_FILE).is_file()
+    if o.markdown or o.latex:
+        if not is_evaluation:
+            raise UsageError(f"report: {o.folder} is not the folder of an evaluation, which has a table")
+        result = EvalResult.load(o.folder)
+        print((markdown if o.markdown else latex)(evaluation_table(result, criterion_of(result))))
+    else:
+        print(write_eval_report(o.folder) if is_evaluation else write_run_report(o.folder))
     return 0
 
 

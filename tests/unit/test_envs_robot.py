@@ -106,6 +106,11 @@ def test_nothing_passes_by_the_safety_filter():
     positions = np.array([c.position for _, c in arm.sent])
     assert np.abs(np.diff(positions, axis=0)).max() <= 4.0 / 20 + 1e-9  # max_velocity at 20 Hz, on the way home too
     assert (positions <= SPEC.position_high - 0.02 + 1e-9).all()
+    assert 0 < env.clamped_steps()[0] <= 20
+    calm, _, _ = make_robot(quiet())
+    reset(calm)
+    calm.step(torch.tensor([[0.1, 0.1, 1.0]]), ONE)
+    assert calm.clamped_steps() == [0]
 
 
 def test_home_is_a_function_of_the_seed():

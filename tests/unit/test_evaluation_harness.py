@@ -345,6 +345,7 @@ def test_the_scripted_expert_and_videos(tmp_path):
     assert main([*command, "--out", str(tmp_path), "--num-envs", "6"]) == 0
     result = EvalResult.load(tmp_path)
     assert result.success_once.successes == 6
+    assert {(e.task, e.stage) for e in result.episodes} == {("tabletop/reach", "touched")}
     assert [bool(e.video) for e in result.episodes] == [True] + 5 * [False]
     assert (tmp_path / result.episodes[0].video).stat().st_size > 1000
     assert result.config["suite"]["name"] == "reach"

@@ -112,6 +112,11 @@ class _Case:
         there = [one.episode for one in self.finished.values() if one.episode is not None]
         return sum(getattr(episode, self.criterion) for episode in there) / max(1, len(there))
 
+    @property
+    def name(self) -> str:
+        """Task, as its rows have it, and condition."""
+        return f"{self.finished[0].measured['task']} {self.case.condition}".strip()
+
     def counted(self) -> list[Finished]:
         return [self.finished[i] for i in range(self.end or 0)]
 
@@ -159,8 +164,8 @@ class _Collected:
         measured = [part.counted()[0].measured for part in self.cases]
         settings: dict[str, Any] = {**config, **_merged(measured)}
         settings |= {"unsupported_conditions": dict(self._suite.unsupported)} if self._suite.unsupported else {}
-        lost = {p.case.name: [one.seed for one in p.counted() if one.episode is None] for p in self.cases}
-        stopped = {p.case.name: {"n": p.end, "reason": p.reason} for p in self.cases if p.reason}
+        lost = {p.name: [one.seed for one in p.counted() if one.episode is None] for p in self.cases}
+        stopped = {p.name: {"n": p.end, "reason": p.reason} for p in self.cases if p.reason}
         settings |= {"lost_seeds": {name: seeds for name, seeds in lost.items() if seeds}} if any(lost.values()) else {}
         settings |= {"stopped": stopped} if stopped else {}
         return result_of(counted, settings, self.wall_s)

@@ -96,7 +96,6 @@ class Job:
         config = self.config
         shared: dict[str, Any] = {
             "num_envs": config.num_envs,
-            "task": case.task,
             "labels": Labels(case.condition, case.initial_state, self.out),
             "record": self._recorder(case),
             "todo": indices,
