@@ -66,9 +66,9 @@ class SceneShift:
         if self.color:
             looks = replace(
                 looks,
-                object_color=(0.05, 0.10, 0.15)[self.color - 1],
-                arm_color=(0.10, 0.20, 0.30)[self.color - 1],
-                surface_color=(0.10, 0.20, 0.30)[self.color - 1],
+                object_color=(0.04, 0.06, 0.10)[self.color - 1],
+                arm_color=(0.08, 0.15, 0.25)[self.color - 1],
+                surface_color=(0.08, 0.12, 0.20)[self.color - 1],
                 textures=() if self.color == 1 else _UNSEEN_TEXTURES,
             )
         if self.light:

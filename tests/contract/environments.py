@@ -20,6 +20,7 @@ from vla_rl.envs.libero import LiberoConfig
 from vla_rl.envs.maniskill import ManiSkillConfig
 from vla_rl.envs.metaworld import MetaworldConfig
 from vla_rl.envs.ogbench import make_ogbench
+from vla_rl.envs.perturbed import Perturbation, PerturbedEnv
 from vla_rl.envs.point_maze import PointMazeEnv
 from vla_rl.envs.remote import HostConfig, RemoteStepEnv
 from vla_rl.envs.robosuite import RobosuiteConfig
@@ -27,6 +28,7 @@ from vla_rl.envs.tabletop import TabletopConfig, TabletopEnv
 from vla_rl.envs.task_mix import TaskMixEnv
 from vla_rl.envs.two_way_reach import TwoWayReachEnv
 from vla_rl.protocols import StepEnv
+from vla_rl.sim.shift import SceneShift
 from vla_rl.train.curriculum import CurriculumConfig, TaskCurriculum
 
 
@@ -51,6 +53,14 @@ def _task_mix(num_envs: int) -> StepEnv:
     return TaskMixEnv(mazes, TaskCurriculum(CurriculumConfig(("wall_gap", "umaze"), uniform_share=1.0)))
 
 
+def _perturbed(num_envs: int) -> StepEnv:
+    """All that a test can do to any simulator, over the tabletop with a shift of each part that draws."""
+    shift = SceneShift(position=2, distractors=1, color=2, physics=2)
+    inner = TabletopEnv("pick", num_envs, TabletopConfig(cameras={"agent": 32}, shift=shift, max_episode_steps=7))
+    noise = Perturbation(pixel_noise=20.0, state_noise=0.01, action_delay=2, open_gripper=1.0, paraphrase=3)
+    return PerturbedEnv(inner, noise)
+
+
 DRIFT_HOST = Path(__file__).with_name("drift_host.py")
 
 ENVIRONMENTS: dict[str, Callable[[int], StepEnv]] = {
@@ -66,6 +76,7 @@ ENVIRONMENTS: dict[str, Callable[[int], StepEnv]] = {
     "point_maze": lambda n: PointMazeEnv(n, "wall_gap", "far", max_episode_steps=12),
     "task_mix": _task_mix,
     "robot": make_robots,
+    "perturbed": _perturbed,
     "remote": lambda n: RemoteStepEnv(HostConfig(sys.executable, DRIFT_HOST), n, num_workers=2),
 }
 SLOW = {"ogbench"}  # half a second to make one

@@ -1,0 +1,91 @@
+"""How far an episode got: stages of the tabletop's tasks, in their order, over an episode and across a resume."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vla_rl.envs.tabletop import TabletopConfig, TabletopEnv
+from vla_rl.envs.vector import ChunkedEnv
+from vla_rl.sim.experts import ScriptedExpert
+from vla_rl.sim.tasks import TASKS
+
+torch.set_num_threads(1)
+BUILT_IN = ("close_drawer", "open_drawer", "pick", "place", "press", "push", "reach", "stack", "store")
+
+
+def _env(task: str, n: int) -> tuple[TabletopEnv, ChunkedEnv]:
+    env = TabletopEnv(task, n, TabletopConfig(split="test", num_threads=1))
+    return env, ChunkedEnv(env, auto_reset=False)
+
+
+@pytest.mark.parametrize("task", BUILT_IN)
+def test_an_expert_goes_through_all_stages_in_order(task: str) -> None:
+    env, chunked = _env(task, 8)
+    chunked.reset(range(8))
+    expert = ScriptedExpert(chunked)
+    assert env.furthest_stage() == [-1] * 8
+    history, success = [env.furthest_stage()], torch.zeros(8, dtype=torch.bool)
+    while not bool(chunked.ended.all()):
+        success |= chunked.step(expert()).success
+        history.append(env.furthest_stage())
+    last = len(env.stage_names) - 1
+    assert bool(success.all())
+    assert env.furthest_stage() == [last] * 8
+    for episode in zip(*history, strict=True):
+        assert list(episode) == sorted(episode)  # never back
+        assert len(set(episode)) >= last  # one at most is passed within a step
+    chunked.reset([20, 21], env_ids=[0, 3])
+    assert env.furthest_stage() == [-1, last, last, -1, *[last] * 4]
+    env.close()
+
+
+@pytest.mark.parametrize("task", BUILT_IN)
+def test_who_rests_gets_nowhere(task: str) -> None:
+    env, chunked = _env(task, 6)
+    chunked.reset(range(6))
+    rest = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(6, 20, 4)
+    chunked.step(rest)
+    assert env.furthest_stage() == [-1] * 6
+    env.close()
+
+
+def test_a_resumed_episode_keeps_its_stage() -> None:
+    env, chunked = _env("pick", 2)
+    chunked.reset([0, 1])
+    expert = ScriptedExpert(chunked)
+    while 2 not in env.furthest_stage():  # lifted
+        chunked.step(expert())
+    state, furthest = chunked.state_dict(), env.furthest_stage()
+    other, resumed = _env("pick", 2)
+    resumed.load_state_dict(state)
+    assert other.furthest_stage() == furthest
+    drop = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(2, 10, 4)
+    for one in (chunked, resumed):
+        one.step(drop)
+    assert other.furthest_stage() == env.furthest_stage()
+    assert 2 in env.furthest_stage()  # the block lies on the table again; what was reached stays
+    env.close()
+    other.close()
+
+
+def test_a_task_without_stages_has_none() -> None:
+    class Plain(type(TASKS["reach"])):
+        name = "plain"
+        stage_names = ()
+
+    env, chunked = TabletopEnv(Plain(), 2, TabletopConfig(num_threads=1)), None
+    env.task.evaluate = _without_stages(env.task.evaluate)
+    chunked = ChunkedEnv(env, auto_reset=False)
+    chunked.reset([0, 1])
+    chunked.step(torch.zeros(2, 2, 4))
+    assert env.furthest_stage() == [-1, -1]
+    env.close()
+
+
+def _without_stages(evaluate):
+    def wrapped(*arguments):
+        status = evaluate(*arguments)
+        return type(status)(status.success, status.failure, status.progress, status.variables)
+
+    return wrapped
