@@ -34,7 +34,9 @@ def test_the_verdict_has_rate_interval_and_counts():
 
 def test_everything_that_was_measured_is_on_the_page(tmp_path):
     folder = eval_folder(tmp_path / "rl", 18, conditions=CONDITIONS, unsupported_conditions={"physics@1": "no masses"})
+    (folder / "source.diff").write_text("+ changed = True\n- changed = False\n")
     html, text = page(folder)
+    assert "+ changed = True" in html.text
     assert html.text.count("rl succeeds in 90.0% of its episodes") == 1  # nominal: 54 of 120 otherwise
     for successes in (18, *CONDITIONS.values()):
         rate = wilson(successes, 20)
@@ -42,7 +44,7 @@ def test_everything_that_was_measured_is_on_the_page(tmp_path):
         assert f"[{rate.low:.1%}, {rate.high:.1%}]" in html.text
     for words in (
         "Held out", "reach_axes, version 3, hash 0123456789abcdef", "physics@1 no masses", "abc123", "torch 2.13",
-        "vla-rl eval --policy rl", "0 to 19", "1 a second", "light@2 + camera@2", "there, lower is better",
+        "vla-rl eval --policy rl", "0 to 19", "1 a second", "light, camera at level 2", "there, lower is better",
     ):  # fmt: skip
         assert words in html.text, words
     assert re.search(r"policy call, of one batch 4\s?ms 8\.5\s?ms 8\.9\s?ms 9\s?ms", html.text)

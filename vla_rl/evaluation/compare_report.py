@@ -25,7 +25,6 @@ from vla_rl.evaluation.page import (
     command_section,
     curves_section,
     html_table,
-    interval_points,
     outcome,
     p_value,
     provenance_section,
@@ -35,8 +34,8 @@ from vla_rl.evaluation.page import (
 )
 from vla_rl.evaluation.report import is_protocol, verdict_sentence
 from vla_rl.evaluation.result import Episode, EvalResult
-from vla_rl.evaluation.statistics import Rate
-from vla_rl.evaluation.tables import interval, points
+from vla_rl.evaluation.statistics import Difference, Rate
+from vla_rl.evaluation.tables import difference_interval, interval, points
 
 _PAIRS = 6  # filmed episodes that are shown
 
@@ -97,11 +96,13 @@ def _verdict(comparisons: Comparisons) -> str:
         rest += (
             f'<p class="rest">{escape(one.names[1])}: {r.both} episodes solved by both, {r.only_second} only by '
             f"{escape(one.names[1])}, {r.only_first} only by {escape(one.names[0])}, {r.neither} by neither (exact "
-            f"McNemar test, {p_value(r.p_value)}). Episode length "
-            f"{one.length_difference.value:+.2f} control steps [{one.length_difference.low:+.2f}, "
-            f"{one.length_difference.high:+.2f}].</p>"
+            f"McNemar test, {p_value(r.p_value)}). Episode length {_steps(one.length_difference)} control steps.</p>"
         )
     return f'<section class="verdict">{said}{rest}</section>'
+
+
+def _steps(d: Difference) -> str:
+    return f"{d.value:+.2f} [{d.low:+.2f}, {d.high:+.2f}]".replace("-", "\u2212")
 
 
 def _bars(comparisons: Comparisons) -> str:
@@ -123,7 +124,7 @@ def _tests(comparisons: Comparisons) -> str:
             [
                 f"{escape(pair.second)} &minus; {escape(pair.first)}",
                 str(r.first.n),
-                f"{points(r.difference.value)}<small>{interval_points(r.difference)}</small>",
+                f"{points(r.difference.value)}<small>{difference_interval(r.difference)}</small>",
                 p_value(r.p_value),
                 p_value(pair.p_holm),
                 claim,
@@ -131,7 +132,8 @@ def _tests(comparisons: Comparisons) -> str:
         )
     count = len(rows)
     hint = (
-        "Differences in percentage points with Newcombe's interval for paired rates; exact McNemar tests. "
+        f"Differences in percentage points with Newcombe's {comparisons.confidence:.0%} interval for paired rates; "
+        "exact McNemar tests. "
         f"Corrected by Holm's method over {'one test' if count == 1 else f'all {count} tests'} of this table, which "
         f"keeps the chance of one false claim at {1 - comparisons.confidence:.0%}. Tests by task or condition are not "
         "part of it."
@@ -150,12 +152,16 @@ def _tasks(comparisons: Comparisons) -> str:
         for one in comparisons.against_first:
             r = one.per_task[task]
             cells.append(_rate(r.second))
-            cells.append(f"{points(r.difference.value)}<small>{interval_points(r.difference)}</small>")
+            cells.append(f"{points(r.difference.value)}<small>{difference_interval(r.difference)}</small>")
         rows.append(cells)
     header = ["task", "episodes", comparisons.names[0]]
     for name in comparisons.names[1:]:
         header += [name, "difference"]
-    return section("By task", html_table(header, rows, kind="sortable"), "Differences in percentage points, paired.")
+    return section(
+        "By task",
+        html_table(header, rows, kind="sortable"),
+        "Differences in percentage points with their intervals, paired.",
+    )
 
 
 def _rate(rate: Rate) -> str:

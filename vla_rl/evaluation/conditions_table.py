@@ -35,7 +35,7 @@ def conditions_section(results: Mapping[str, EvalResult], criterion: str, unsupp
     body = html_table(header, rows, kind="axes") if rows else ""
     crossed = [c for c in found if "+" in c]
     if crossed:
-        lines = [[escape(c.replace("+", " + ")), _cells(per_condition, c, criterion)] for c in crossed]
+        lines = [[escape(_crossed(c)), _cells(per_condition, c, criterion)] for c in crossed]
         body += "<h3>Several at once</h3>" + html_table(("conditions", "success"), lines, kind="axes")
     if unsupported:
         items = "".join(f"<dt>{escape(c)}</dt><dd>{escape(reason)}</dd>" for c, reason in unsupported.items())
@@ -79,6 +79,15 @@ def _hint(found: list[str], criterion: str) -> str:
     if any(must_not_succeed(condition) for condition in found):
         hint += " A wrong instruction must not succeed: there, lower is better."
     return hint
+
+
+def _crossed(condition: str) -> str:
+    """`light@2+camera@2` as "light, camera at level 2", and with their levels where these differ."""
+    parts = condition.split("+")
+    levels = {_level(part) for part in parts}
+    if len(levels) > 1:
+        return " + ".join(parts)
+    return f"{', '.join(_axis(part).replace('_', ' ') for part in parts)} at level {levels.pop()}"
 
 
 def _label(axis: str) -> str:

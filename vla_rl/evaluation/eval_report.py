@@ -25,7 +25,7 @@ from vla_rl.evaluation.statistics import Rate
 from vla_rl.evaluation.tables import interval
 
 REPORT_FILE = "report.html"
-PROVENANCE_FILE = "provenance.json"
+PROVENANCE_FILE, DIFF_FILE = "provenance.json", "source.diff"  # as in the folder of a run
 _PROTOCOLS = {
     "held_out": "Held out: no episode of this suite is among those of the training.",
     "train_equals_test": "Train = test: the training may have seen these very initial states. That is this benchmark's "
@@ -96,9 +96,12 @@ def unsupported(result: EvalResult) -> Mapping[str, str]:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """What the folder of a result says of its origin: command, revision, versions, hardware. Empty without it."""
-    file = folder / PROVENANCE_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """What the folder of a result says of its origin: command, revision, versions, hardware, what was not committed.
+    Empty without it."""
+    file, difference = folder / PROVENANCE_FILE, folder / DIFF_FILE
+    origin = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    text = difference.read_text(encoding="utf-8", errors="replace") if difference.is_file() else ""
+    return origin | ({"uncommitted changes": text} if text else {})
 
 
 def eval_provenance(result: EvalResult, origin: Mapping[str, Any]) -> dict[str, str]:
