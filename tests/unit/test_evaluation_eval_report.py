@@ -52,6 +52,16 @@ def test_everything_that_was_measured_is_on_the_page(tmp_path):
     html.assert_nothing_comes_from_outside(text)
 
 
+@pytest.mark.parametrize("lost", [[4, 5, 6, 9], {"reach light@1": [4, 5, 6, 9]}])
+def test_what_was_stopped_or_lost_is_said_at_the_top(tmp_path, lost):
+    rule = {"reach": {"n": 20, "reason": "surely above 0.5"}}
+    html, _ = page(eval_folder(tmp_path / "rl", 18, filmed=0, lost_seeds=lost, stopped=rule))
+    verdict = html.text.split("By task")[0]
+    assert "reach was stopped after 20 episodes by the rule stated before the run: surely above 0.5." in verdict
+    assert f"4 episodes {'of reach light@1 ' if isinstance(lost, dict) else ''}were lost" in verdict
+    assert "seeds 4 to 6, 9." in verdict
+
+
 def test_axes_are_in_the_order_of_reports_and_levels_are_columns(tmp_path):
     html, _ = page(eval_folder(tmp_path / "rl", 18, conditions={"camera@2": 3, "light@3": 4, "position@1": 5}))
     part = html.text.split("Generalisation")[1].split("Where it failed")[0]

@@ -155,9 +155,7 @@ def _verdict(result: EvalResult, nominal: Sequence[Episode], name: str, criterio
         for i, (label, rate) in enumerate(tiles)
     )
     rest = [f"Mean length {summary.mean_length:.1f} control steps, mean return {summary.mean_return:.2f}."]
-    lost = result.config.get("lost_seeds", [])
-    if lost:
-        rest.append(f"{len(lost)} episodes were lost to a simulator that died, and count nowhere: seeds {lost[:12]}.")
+    rest += _early_or_lost(result)
     clamped = sum(episode.num_clamped for episode in nominal)
     if clamped:
         share = clamped / max(1, sum(episode.length for episode in nominal))
@@ -169,6 +167,24 @@ def _verdict(result: EvalResult, nominal: Sequence[Episode], name: str, criterio
         f'<section class="verdict"><p class="sentence">{sentence}</p><div class="numbers">{numbers}</div>'
         f'<p class="rest">{escape(" ".join(rest))}</p></section>'
     )
+
+
+def _early_or_lost(result: EvalResult) -> list[str]:
+    """What has to be said of cases that were stopped by their rule, and of episodes that count nowhere."""
+    stopped = result.config.get("stopped", {})
+    said = [
+        f"{case} was stopped after {one['n']} episodes by the rule stated before the run: {one['reason']}. A Wilson "
+        "interval does not hold after such a stop."
+        for case, one in stopped.items()
+    ]
+    lost = result.config.get("lost_seeds", [])
+    cases = lost if isinstance(lost, dict) else {"": lost}
+    return said + [
+        f"{len(seeds)} episodes {f'of {case} ' if case else ''}were lost to a simulator that died, and count nowhere: "
+        f"seeds {_ranges(sorted(seeds))}."
+        for case, seeds in cases.items()
+        if seeds
+    ]
 
 
 def _tasks(nominal: Sequence[Episode], criterion: str) -> str:

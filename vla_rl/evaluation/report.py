@@ -36,6 +36,9 @@ from vla_rl.progress import format_duration
 from vla_rl.rollout.recorder import Recording
 
 
+_OF_THE_POLICY = ("policy", "policy_digest", "cameras", "image_size", "lost_seeds")
+
+
 @dataclass(frozen=True)
 class ReportRow:
     """One policy of the table. `role` decides colour and what the verdict says about it; `note` explains it."""
@@ -186,7 +189,7 @@ def _control_sentence(data: ReportData, control: ReportRow) -> str:
 
 def is_protocol(note: str) -> bool:
     """Settings that should be equal when two policies are compared; a checkpoint's name naturally is not."""
-    return note.split(" is ")[0] not in ("policy", "cameras", "image_size", "lost_seeds")
+    return note.split(" is ")[0] not in _OF_THE_POLICY
 
 
 def _table(data: ReportData, comparison: Comparison) -> str:
