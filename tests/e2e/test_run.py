@@ -179,7 +179,7 @@ def test_stages_by_hand_and_evaluation_of_a_run(tmp_path, uninterrupted, monkeyp
     assert EvalResult.load(tmp_path / "eval").episodes == theirs  # whatever the number of environments
     capsys.readouterr()
     assert main(["compare", str(uninterrupted / "evaluation" / "sft"), str(tmp_path / "eval"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["overall"]["first"]["n"] == 4
+    assert json.loads(capsys.readouterr().out)["against_first"][0]["overall"]["first"]["n"] == 4
 
 
 def test_demonstrations_of_two_kinds_do_not_mix(tmp_path, monkeypatch, capsys):
