@@ -160,8 +160,8 @@ def test_seeds_become_a_mean_in_a_band_where_all_have_a_value(tmp_path):
         with MetricsLogger(tmp_path / f"seed_{seed}", tensorboard=False) as log:
             for i in range(10 - seed):  # the last seed has only 8 iterations
                 log.log(i, {"train/success_rate": slope * i})
-    curve = Curve("RL", "trained", tuple(tmp_path / f"seed_{seed}" for seed in range(3)))
-    runs = [read_metrics(path) for path in curve.metrics]
+    folders = tuple(tmp_path / f"seed_{seed}" for seed in range(3))
+    curve, runs = Curve("RL", "trained", folders), [read_metrics(folder) for folder in folders]
     series = curve_series(curve, PANELS[0], runs)
     assert series.label == "RL (3 seeds)"
     assert series.x == tuple(range(8))

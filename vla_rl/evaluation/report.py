@@ -35,7 +35,6 @@ from vla_rl.evaluation.tables import interval, points
 from vla_rl.progress import format_duration
 from vla_rl.rollout.recorder import Recording
 
-
 _OF_THE_POLICY = ("policy", "policy_digest", "cameras", "image_size", "lost_seeds")
 
 
