@@ -36,7 +36,7 @@ class Reach:
 
     name = "reach"
     max_episode_steps = 24
-    stage_names = ("approached", "touched")
+    stage_names: tuple[str, ...] = ("approached", "touched")
     goal_names: tuple[str, ...] = ("target_x", "target_y", "target_z")
     tolerance = 0.02
     hover = 0.10  # m above the goal, where the expert travels

@@ -282,7 +282,7 @@ def test_who_follows_a_wrong_instruction_fails() -> None:
             meant = self._env.variables["target"].clone()
             for i, sentence in enumerate(self._env.instructions):
                 start = sample_episode(self._env.task, "test", int(self._env.seeds[i]), SceneShift())[0]
-                colors = [COLORS_BY_VALUE.get(start.colors[f"block{b}"]) for b in range(3)]
+                colors = [COLORS_BY_VALUE[start.colors[f"block{b}"]] for b in range(3)]
                 self._env.variables["target"][i] = next(b for b, c in enumerate(colors) if c in sentence)
             actions = self.chunk(1)
             self._env.variables["target"].copy_(meant)
