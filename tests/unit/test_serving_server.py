@@ -40,7 +40,9 @@ from vla_rl.policies.checkpoints.native import policy_class_of, save_policy
 from vla_rl.policies.gaussian import GaussianMLPConfig
 from vla_rl.serving.client import PolicyClient, PolicyServerError, PolicyTimeoutError
 from vla_rl.serving.config import ServerConfig
+from vla_rl.serving.inference import read_policy
 from vla_rl.serving.messages import pack, unpack
+from vla_rl.serving.rtc import RTCConfig
 from vla_rl.serving.server import PolicyServer
 
 
@@ -295,6 +297,24 @@ def test_hot_swap(tmp_path: Path) -> None:
         with PolicyClient(url) as later:
             assert later.metadata["vla_rl"]["policy_version"] == 2
             assert later.metadata["vla_rl"]["policy_digest"] != client.metadata["vla_rl"]["policy_digest"]
+
+
+def test_a_policy_that_was_not_read_from_a_folder(flow_mlp: Path, tmp_path: Path) -> None:
+    stored = read_policy(flow_mlp, 1, device="cpu", rtc=RTCConfig())
+    server = PolicyServer(stored, ServerConfig(port=0))
+    url = server.start()
+    try:
+        with PolicyClient(url, timeout_s=5, session=0) as client, serving(flow_mlp) as (_, other):
+            with PolicyClient(other, timeout_s=5, session=0) as expected:
+                for _ in range(3):  # the noise of the next decision is drawn before it is asked for
+                    actions = client.infer({"state": state()})["actions"]
+                    np.testing.assert_array_equal(actions, expected.infer({"state": state()})["actions"])
+            with pytest.raises(ValueError, match="was not read from a folder"):
+                server.reload()
+            assert server.reload(save_flow_mlp(tmp_path / "new", seed=1)) == 2
+            assert client.infer({"state": state()})["policy_version"] == 2
+    finally:
+        server.stop()
 
 
 # ------------------------------------------------------------------------------------------------------------- limits

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,9 +77,7 @@ class Batcher:
                     await self._wake.wait()
                 await self._gather()
                 if batch := self._take():
-                    results = await loop.run_in_executor(self._thread, _answer, self.policy, batch)
-                    for waiting, result in zip(batch, results, strict=True):
-                        _settle(waiting, result)
+                    await loop.run_in_executor(self._thread, _work, loop, self.policy, batch)
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -113,13 +112,22 @@ class Batcher:
         return batch
 
 
-def _settle(waiting: _Waiting, result: Answer | RequestError) -> None:
-    if waiting.answer.done():
-        return
-    if isinstance(result, RequestError):
-        waiting.answer.set_exception(result)
-    else:
-        waiting.answer.set_result(result)
+def _work(loop: asyncio.AbstractEventLoop, policy: ServedPolicy, batch: list[_Waiting]) -> None:
+    """In the policy's thread. Answers go to the event loop from here: by way of the executor's future they would come
+    two rounds of the loop later."""
+    results = _answer(policy, batch)
+    with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        loop.call_soon_threadsafe(_settle, batch, results)
+
+
+def _settle(batch: list[_Waiting], results: list[Answer | RequestError]) -> None:
+    for waiting, result in zip(batch, results, strict=True):
+        if waiting.answer.done():
+            continue
+        if isinstance(result, RequestError):
+            waiting.answer.set_exception(result)
+        else:
+            waiting.answer.set_result(result)
 
 
 def _answer(policy: ServedPolicy, batch: list[_Waiting]) -> list[Answer | RequestError]:

@@ -43,6 +43,7 @@ class _Client:
 
     def __init__(self, session: int, rate: float) -> None:
         self.session, self.decision, self.prev_total_ms = session, 0, None
+        self.noise: tuple[tuple[int, int], np.ndarray] | None = None  # of (session, decision), drawn before it is asked
         self._rate, self._tokens, self._at = rate, max(1.0, rate), time.monotonic()
         self.prev_total_ms: float | None
 
@@ -55,8 +56,8 @@ class _Client:
 
 
 class PolicyServer:
-    """Serves the policy of a folder, which is read when the server is made, or one that is there. `api_key`: what clients must send, as openpi's
-    do, in the header "Authorization: Api-Key ..."; None: none.
+    """Serves the policy of a folder, which is read when the server is made, or one that is there. `api_key`: what
+    clients must send, as openpi's do, in the header "Authorization: Api-Key ..."; None: none.
 
     `run` blocks; `start` and `stop` are for a server in the background of a process.
     """
@@ -204,6 +205,9 @@ class PolicyServer:
                 if isinstance(answer, str):
                     await ws.close(1011, json.loads(answer)["error"]["code"])
                     return
+                if client.noise is not None:  # while nobody waits
+                    (session, decision), _ = client.noise
+                    self._noise(client, session, decision + 1)
         except (ConnectionClosed, TimeoutError):
             return
         finally:
@@ -254,12 +258,17 @@ class PolicyServer:
         if noise is None:
             session = client.session if request.session is None else request.session
             decision = client.decision if request.decision is None else request.decision
-            shape = self._policy.shapes.noise
-            noise = policy_noise(self.config.noise_seed, session, decision, *shape).numpy()
+            noise = self._noise(client, session, decision)
         deadline = None if request.deadline_ms is None else received + request.deadline_ms / 1000.0
         answer = await self._batcher.infer(request, noise, deadline)
         client.decision += 1
         return answer
+
+    def _noise(self, client: _Client, session: int, decision: int) -> np.ndarray:
+        if client.noise is None or client.noise[0] != (session, decision):
+            noise = policy_noise(self.config.noise_seed, session, decision, *self._policy.shapes.noise).numpy()
+            client.noise = (session, decision), noise
+        return client.noise[1]
 
     async def _send(self, ws: ServerConnection, data: bytes | str) -> None:
         try:
