@@ -169,6 +169,10 @@ def _verdict(result: EvalResult, nominal: Sequence[Episode], name: str, criterio
     )
 
 
+def _both(summary: Summary) -> tuple[tuple[str, Rate], tuple[str, Rate]]:
+    return ("success_once", summary.success_once), ("success_at_end", summary.success_at_end)
+
+
 def _early_or_lost(result: EvalResult) -> list[str]:
     """What has to be said of cases that were stopped by their rule, and of episodes that count nowhere."""
     stopped = result.config.get("stopped", {})
@@ -194,11 +198,10 @@ def _tasks(nominal: Sequence[Episode], criterion: str) -> str:
     rows = []
     for task, episodes in groups.items():
         s = Summary.of(episodes)
-        rate: Rate = getattr(s, criterion)
-        cells = [escape(task), str(rate.n), rate_bar(rate, "trained")]
-        cells += [f"{r.rate:.1%}<small>{interval(r)}</small>" for r in (s.success_once, s.success_at_end)]
-        rows.append([*cells, f"{s.mean_length:.1f}", f"{s.mean_return:.2f}"])
-    header = ("task", "episodes", "", "success once", "success at end", "length", "return")
+        bars = [rate_bar(r, "trained") if name == criterion else "" for name, r in _both(s)]
+        cells = [f"{r.rate:.1%} {bar}<small>{interval(r)}</small>" for (_, r), bar in zip(_both(s), bars, strict=True)]
+        rows.append([escape(task), *cells, str(len(episodes)), f"{s.mean_length:.1f}", f"{s.mean_return:.2f}"])
+    header = ("task", "success once", "success at end", "episodes", "length", "return")
     hint = "Brackets and whiskers: Wilson intervals. Length in control steps. A click on a column sorts by it."
     return section("By task", html_table(header, rows, kind="sortable"), hint)
 
