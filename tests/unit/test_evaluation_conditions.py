@@ -35,8 +35,8 @@ from vla_rl.sim.language import BLOCK_NOUNS, COLORS, OOD_BLOCK_NOUNS, contradict
 from vla_rl.sim.randomization import LooksConfig, PhysicsConfig, RandomizationConfig
 from vla_rl.sim.shift import SceneShift, sample_episode
 from vla_rl.sim.tasks import TASKS
-from vla_rl.sim.tasks.base import TRAIN_REGION, EpisodeStart, Region, ring
-from vla_rl.sim.tasks.reach import OOD_TEMPLATES, TEMPLATES
+from vla_rl.sim.tasks.base import TRAIN_REGION, Draw, EpisodeStart, Region, ring
+from vla_rl.sim.tasks.reach import OOD_TEMPLATES, TEMPLATES, Reach
 
 torch.set_num_threads(1)
 
@@ -407,6 +407,24 @@ def test_what_a_simulator_cannot_do_is_said(env: AnyEnvConfig, possible: set[str
             continue
         with pytest.raises(UnsupportedConditionError, match=rf"^{axis}: .{{30,}}"):  # with a reason
             apply_condition(env, f"{axis}@1")
+
+
+def test_a_task_that_names_nothing_cannot_be_told_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OneBlock(Reach):
+        """Touch the block: there is no other."""
+
+        name = "one_block"
+
+        def sample(self, draw: Draw) -> EpisodeStart:
+            return replace(super().sample(draw), instruction="touch the block")
+
+    monkeypatch.setitem(TASKS, "one_block", OneBlock())
+    env = replace(REACH, task="one_block")
+    assert apply_condition(env, "position@1").task == "one_block"
+    with pytest.raises(UnsupportedConditionError, match=r"names nothing by Draw\.choice"):
+        apply_condition(env, "wrong_instruction@1")
+    with pytest.raises(ValueError, match="task 'fold' is unknown"):
+        apply_condition(replace(REACH, task="fold"), "position@1")
 
 
 def test_liberos_other_sentences() -> None:

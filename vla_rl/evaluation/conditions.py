@@ -22,7 +22,8 @@ from vla_rl.envs.metaworld import MetaworldConfig
 from vla_rl.envs.ogbench import OGBenchConfig
 from vla_rl.envs.perturbed import Perturbation
 from vla_rl.envs.robosuite import RobosuiteConfig
-from vla_rl.sim.shift import MAX_LEVEL
+from vla_rl.sim.shift import MAX_LEVEL, sample_episode
+from vla_rl.sim.tasks import get_task
 
 AXES: tuple[str, ...] = (
     "position", "distractors", "color", "light", "camera", "sensor_noise", "action_delay", "physics", "paraphrase",
@@ -97,7 +98,13 @@ def _shifted(env: EnvConfig, levels: dict[str, int]) -> EnvConfig:
         raise UnsupportedConditionError(
             f"{', '.join(fixed)}: looks and physics are randomised already; use randomization='off'"
         )
-    return replace(env, shift=replace(env.shift, **levels))
+    shift = replace(env.shift, **levels)
+    task = get_task(env.task)
+    try:
+        sample_episode(task, "test", 0, shift)  # a task of another author may name nothing, or leave no room
+    except ValueError as error:
+        raise UnsupportedConditionError(f"{', '.join(levels)}: {error}") from error
+    return replace(env, shift=shift)
 
 
 def _sensors_and_delay(env: SimulatorConfig, nominal: Perturbation, axis: str, level: int) -> Perturbation:
