@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -245,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/experiments/forgetting"))
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    start, results = time.monotonic(), []
+    results = []
     for seed in options.seeds:
         results.append(run_seed(options.out, seed, options.episodes))
         write_chart(results[-1], options.out / f"seed_{seed}.svg", f"Forgetting, seed {seed}")
@@ -257,7 +256,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "num_episodes": options.episodes,
         "seeds": {str(seed): result.as_dict() for seed, result in zip(options.seeds, results, strict=True)},
         "over_seeds": over_seeds(results),
-        "wall_s": round(time.monotonic() - start, 1),
         "source": describe_source()["revision"],
         "machine": describe_machine(),
     }

@@ -142,7 +142,8 @@ def line_chart(series: Sequence[Series], title: str, *, x_label: str, percent: b
 
 
 def scatter_chart(points: Sequence[Point], title: str, *, x_label: str) -> str:
-    """Rates from 0 to 1 against a number >= 0, with whiskers both ways; groups differ by colour and shape.
+    """Rates against a number >= 0, with whiskers both ways; groups differ by colour and shape. The upper end is 100%,
+    the lower end what the intervals need.
 
     Raises ValueError without a point.
     """
@@ -150,19 +151,20 @@ def scatter_chart(points: Sequence[Point], title: str, *, x_label: str) -> str:
         raise ValueError(f"scatter_chart: no points for {title!r}")
     left, right, top, bottom = 44.0, _WIDTH - 12.0, 26.0, 212.0
     ticks = _ticks(0.0, max(point.x_high for point in points) or 1.0, 4)
+    y_ticks = tuple(y for y in _ticks(min(0.99, *(point.rate.low for point in points)), 1.0, 4) if 0.0 <= y <= 1.0)
 
     def px(x: float) -> float:
         return left + x / ticks[-1] * (right - left)
 
     def py(y: float) -> float:
-        return bottom - y * (bottom - top)
+        return bottom - (y - y_ticks[0]) / (1.0 - y_ticks[0]) * (bottom - top)
 
     said = "; ".join(f"{p.group} {p.label} at {_number(p.x)}: {p.rate}" for p in points)
     groups = list(dict.fromkeys((p.group, p.style) for p in points))
     parts = [_open(bottom + 48 + 18 * len(groups), title, said)]
-    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+    for tick in y_ticks:
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
-        parts.append(_text(left - 6, py(tick) + 4, f"{tick:.0%}", "tick", "end"))
+        parts.append(_text(left - 6, py(tick) + 4, f"{100 * tick:.3g}%", "tick", "end"))
     parts += [_text(px(tick), bottom + 16, _number(tick), "tick", "middle") for tick in ticks]
     parts.append(_text(right, bottom + 32, x_label, "tick", "end"))
     for p in points:
