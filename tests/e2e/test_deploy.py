@@ -74,7 +74,7 @@ def record(tmp_path_factory):
     assert "'reach' is up" in process.stdout.readline()
     yield file
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 0
+    assert process.wait(timeout=60) == 0
     process.stdout.close()
 
 
