@@ -424,7 +424,11 @@ def test_damaged_files_are_named(tmp_path):
 
 def test_tasks_are_merged_with_a_row_each():
     one, two = run(seeds=range(10), task="left"), run(seeds=range(10), task="right", noise_seed=0)
+    assert "stage_names" not in EvalResult.merge([one, two]).config
+    one = dataclasses.replace(one, config={**one.config, "stage_names": ["reach", "grasp"]})
+    two = dataclasses.replace(two, config={**two.config, "stage_names": ["reach", "push"]})
     merged = EvalResult.merge([one, two])
+    assert merged.config["stage_names"] == ["reach", "grasp", "push"]
     assert list(merged.per_task) == ["left", "right"]
     assert merged.success_once.n == 20
     assert merged.success_once.successes == 2 * one.success_once.successes

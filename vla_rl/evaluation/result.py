@@ -232,7 +232,7 @@ class EvalResult:
     def merge(results: Sequence[EvalResult]) -> EvalResult:
         """One result over several tasks, evaluated in the same way."""
         first, *others = results
-        varying = ("task", "env", "max_episode_steps", "control_hz")
+        varying = ("task", "env", "max_episode_steps", "control_hz", "stage_names")
         common = {name: value for name, value in first.config.items() if name not in varying}
         for other in others:
             theirs = {name: value for name, value in other.config.items() if name not in varying}
@@ -240,7 +240,9 @@ class EvalResult:
                 different = sorted(n for n in common.keys() | theirs.keys() if common.get(n) != theirs.get(n))
                 raise ValueError(f"cannot merge evaluations that differ in {', '.join(different)}")
         episodes = tuple(episode for result in results for episode in result.episodes)
-        parts = {name: [result.config.get(name) for result in results] for name in varying}
+        parts: dict[str, Any] = {name: [result.config.get(name) for result in results] for name in varying[:-1]}
+        stages = dict.fromkeys(name for result in results for name in result.config.get("stage_names", ()))
+        parts |= {"stage_names": list(stages)} if stages else {}
         return EvalResult(episodes, {**common, **parts}, sum(result.wall_s for result in results))
 
     def format_table(self) -> str:
