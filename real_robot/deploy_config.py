@@ -36,7 +36,7 @@ class DeployConfig:
     limits: Literal["tabletop", "panda"] = "tabletop"
     speed_scale: float = 1.0
     periods_ahead: float = 0.2
-    max_state_age_s: float = 0.1
+    max_state_age_s: float = 0.12
     max_picture_age_s: float = 0.08
     max_plan_age_s: float = 0.2
     grace_s: float = 1.0

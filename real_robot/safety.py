@@ -40,7 +40,7 @@ class SafetyConfig:
     max_step: float = 0.35
     position_margin: float = 0.02
     speed_scale: float = 0.5
-    max_state_age_s: float = 0.1
+    max_state_age_s: float = 0.12
     min_spacing: float = 0.5
     max_clamped_fraction: float = 0.5
     clamp_window_s: float = 1.0
