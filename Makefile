@@ -26,7 +26,7 @@ export VLA_RL_ENVS ?= $(CURDIR)/runs/envs
 unexport PYTHONPATH PYTHONHOME
 
 .PHONY: help setup setup-dev sims vulkan demo demo-control check lint format types test unit wheel smoke test-slow test-gpu bench experiment \
-        clean distclean
+        reference docs clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)$$/  make \1\t\2/p' Makefile | expand -t 24
@@ -54,6 +54,12 @@ test-slow: setup-dev ## the tests that take minutes
 
 test-gpu: setup-dev ## the tests that need a CUDA device
 	@$(STAGE) "tests on the GPU" $(PYTEST) -m gpu $(ARGS)
+
+reference: setup-dev ## write the pages of docs that are made of code (metrics, configs)
+	@$(STAGE) "reference: docs/metrics.md, docs/configs.md" $(BIN)/python tools/make_reference.py
+
+docs: reference ## build the documentation site into build/site; any broken link fails
+	@NO_MKDOCS_2_WARNING=1 $(STAGE) "site: build/site/index.html" $(BIN)/python -m mkdocs build --strict --quiet
 
 setup: ## make .venv with what the main job needs (done by make demo)
 	@tools/setup.sh demo

@@ -26,7 +26,9 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
     docs = Path(config.docs_dir)
-    return _LINK.sub(lambda link: site_link(link, page.file.src_uri, Path(page.file.abs_src_path or ""), docs), markdown)
+    return _LINK.sub(
+        lambda link: site_link(link, page.file.src_uri, Path(page.file.abs_src_path or ""), docs), markdown
+    )
 
 
 def site_link(link: re.Match[str], uri: str, source: Path, docs: Path) -> str:

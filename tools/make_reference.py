@@ -22,7 +22,7 @@ from vla_rl.train.metric_dictionary import GROUPS
 from vla_rl.train.recipe import Recipe
 
 _NOTE = "<!-- Made by tools/make_reference.py: change the code, then `make reference`. -->\n\n"
-_ROOTS = (Recipe, DeployConfig, ServerConfig)
+ROOTS = (Recipe, DeployConfig, ServerConfig)
 _MOST_PATHS = 4  # places of a config within a recipe that are named
 
 
@@ -43,22 +43,22 @@ def metrics_page() -> str:
 def configs_page() -> str:
     parts = [
         f"{_NOTE}# Configuration\n",
-        "Configs are frozen dataclasses, and a recipe is one of them, complete. On the command line a field is an option: "
-        "`train.num_iterations` of a recipe is `--train.num-iterations`, and `vla-rl run RECIPE --help` lists those of "
-        "that recipe. Capitals in shapes are those of `vla_rl/core.py`.\n",
+        "Configs are frozen dataclasses, and a recipe is one of them, complete. On the command line a field is an "
+        "option: `train.num_iterations` of a recipe is `--train.num-iterations`, and `vla-rl run RECIPE --help` lists "
+        "those of that recipe. Capitals in shapes are those of `vla_rl/core.py`.\n",
         "## Recipes\n\nFor `vla-rl run`, `demos`, `sft`, `train`, `eval`; one of your own is `module:function`.\n",
         "| recipe | what it is |\n|---|---|",
         *(f"| `{name}` | {_cell(_first_line(_function(entry)))} |" for name, entry in RECIPES.items()),
     ]
-    for root in _ROOTS:
-        found = _walk(root)
+    for root in ROOTS:
+        found = walk(root)
         title = "Fields of a recipe" if root is Recipe else f"Fields of {root.__name__}"
         parts.append(f"\n## {title}\n")
-        parts += [_section(config, paths) for config, paths in found.items()]
+        parts += [section(config, paths) for config, paths in found.items()]
     return "\n".join(parts)
 
 
-def _walk(root: type) -> dict[type, list[str]]:
+def walk(root: type) -> dict[type, list[str]]:
     """Configs that `root` is made of, itself first, each with the paths of the fields that hold it."""
     paths: dict[type, list[str]] = {root: []}
     waiting = [(root, "")]
@@ -80,7 +80,8 @@ def _configs_in(hint: Any) -> list[type]:
     return [config for argument in typing.get_args(hint) for config in _configs_in(argument)]
 
 
-def _section(config: type, paths: list[str]) -> str:
+def section(config: type, paths: list[str]) -> str:
+    """The config's docstring and fields; `paths` of the fields that hold it."""
     hints = typing.get_type_hints(config)
     lines = [f"### {config.__name__}\n"]
     where = f"`{config.__module__}`"

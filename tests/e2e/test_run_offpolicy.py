@@ -14,6 +14,7 @@ from vla_rl.cli import main
 from vla_rl.configs import RECIPES, get_recipe
 from vla_rl.evaluation.result import EvalResult
 from vla_rl.policies.checkpoints.native import load_policy
+from vla_rl.train.metric_dictionary import metric_names
 from vla_rl.train.pipeline import run_pipeline
 from vla_rl.train.recipe import Recipe
 
@@ -101,6 +102,7 @@ def test_a_run_leaves_what_is_needed_to_judge_it(uninterrupted):
     assert "the agent before any training" in page
     assert "without interaction" in page
     offline, online = (metrics_of(uninterrupted / "rl" / stage) for stage in STAGES)
+    assert {name for row in (*offline, *online) for name in row} <= metric_names()
     assert [row["update/num_updates"] for row in offline] == [10.0, 20.0, 30.0, 40.0]
     assert [row["rollout/env_steps"] for row in online] == [40.0, 80.0, 120.0, 160.0]
     assert ["update/td_loss" in row for row in online] == [False, False, True, True]  # the warm-up of 80 steps
