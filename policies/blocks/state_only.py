@@ -8,8 +8,8 @@ from vla_rl.core import Observation
 from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
 from vla_rl.protocols import PolicyInputs, Prefix
 
-# What hardly varies in the demonstrations, such as a quaternion at rest, has a tiny scale: the first tilt would be hundreds
-# of standard deviations, and the loss of a minibatch with it ten times the usual.
+# What hardly varies in the demonstrations, such as a quaternion at rest, has a tiny scale: its first tilt would be
+# hundreds of standard deviations, and the loss of a minibatch with it ten times the usual.
 STATE_LIMIT = 10.0
 
 
