@@ -144,8 +144,7 @@ class Chain:
         self._read_to = 0
 
     def __enter__(self) -> Chain:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
+        self._port = _free_port()
         self.proxy = TcpProxy(self._port)
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as starting:
@@ -176,10 +175,11 @@ class Chain:
         self.proxy.speak()
         (self.folder / _NAN).unlink(missing_ok=True)
         (self.folder / _NAN).with_suffix(".at").unlink(missing_ok=True)
-        if not self._alive("server"):
-            self._start("server", _serve, (str(self.folder), self._port))
-        os.kill(self.server, signal.SIGCONT)
         for _ in range(5):  # a start is refused, or ends at once, where the machine was too busy
+            if not self._alive("server"):
+                self._start("server", _serve, (str(self.folder), self._port))
+                self._wait(lambda: self._answers() or not self._alive("server"))
+            os.kill(self.server, signal.SIGCONT)
             if self._by_proxy != by_proxy or not self._alive("bridge"):
                 self.end_bridge()
                 self._start_bridge(by_proxy)
@@ -241,8 +241,6 @@ class Chain:
         process.start()
         self._processes[name] = process
         setattr(self, name, process.pid)
-        if name == "server":
-            self._wait(self._answers)
 
     def _answers(self) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 1.0):
@@ -270,8 +268,8 @@ class Chain:
         return False
 
     def _last_words(self) -> str:
-        log = self.folder / "bridge.log"
-        return log.read_text(errors="replace")[-2000:] if log.exists() else "the bridge says nothing"
+        logs = (self.folder / f"{name}.log" for name in ("server", "bridge"))
+        return "\n".join(log.read_text(errors="replace")[-2000:] for log in logs if log.exists())
 
     @staticmethod
     def _wait(condition: Callable[[], object]) -> None:
@@ -279,7 +277,16 @@ class Chain:
         while not condition():
             if time.monotonic() > end:
                 raise RuntimeError("a process of the chain does not answer")
-            time.sleep(0.002)
+            time.sleep(0.005)
+
+
+def _free_port() -> int:
+    """Not one of those that the system gives to clients: one that asks for a server which is not there yet could be
+    given that very port, and be connected to itself."""
+    for port in range(20_000 + os.getpid() % 8_000, 30_000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise RuntimeError("no port is free")
 
 
 def steps(sent: list[Sent]) -> Iterator[tuple[Sent, bool]]:
