@@ -184,11 +184,11 @@ def trainer(import_listing: Import) -> Callable[[int], Any]:
 
 
 def test_algorithm_learns(trainer: Callable[[int], Any]):
-    made = trainer(32)
-    rows = [made.iterate() for _ in range(30)]
+    made = trainer(16)
+    rows = [made.iterate() for _ in range(20)]
     assert max(row["update/ratio_error_first"] for row in rows) < 1e-5
     returns = [row["rollout/episode_return"] for row in rows]
-    assert np.mean(returns[-5:]) > np.mean(returns[:5]) + 0.05
+    assert np.mean(returns[-4:]) > np.mean(returns[:4]) + 0.1  # 0.23 to 0.30 with three seeds
 
 
 def test_advantages_of_the_algorithm_are_against_the_others(import_listing: Import, monkeypatch: pytest.MonkeyPatch):
