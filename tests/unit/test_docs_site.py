@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.unit.html_page import NEEDS_CHROMIUM, in_browser
 from tests.unit.test_packaging import ROOT, load_tool
 from vla_rl.train.metric_dictionary import GROUPS, metric_names
 
@@ -192,3 +193,24 @@ def test_site_asks_the_network_for_nothing(site: Path):
             assert [x for x in local if not (page.parent / x).exists()] == [], page.name
     for sheet in site.rglob("*.css"):
         assert not re.search(r"url\(\s*['\"]?(https?:)?//", sheet.read_text()), sheet.name
+
+
+@NEEDS_CHROMIUM
+def test_search_works_from_a_folder(site: Path, tmp_path: Path):
+    """Opened as a file, where a browser starts no worker."""
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    address = (site / "index.html").as_uri() + "?q=likelihood"
+    command = [*browser, "--virtual-time-budget=20000", "--dump-dom", address]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = re.search(r'md-search-result__meta">(\d+) matching documents', dom)
+    assert found is not None
+    assert int(found[1]) >= 3
+
+
+@NEEDS_CHROMIUM
+@pytest.mark.parametrize("page", ["index.html", "configs.html"])
+def test_pages_fit_a_phone(site: Path, page: str):
+    text = (site / page).read_text()
+    widths = in_browser(site, text, "document.documentElement.scrollWidth + ' ' + window.innerWidth", width=500)
+    wide, window = map(int, widths.split())
+    assert wide <= window
