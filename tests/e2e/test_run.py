@@ -268,7 +268,9 @@ def test_the_readme_is_right(uninterrupted, capsys):
         if command == "recipes":
             continue
         without = ("doctor", "compare", "serve", "twin", "deploy")
-        first = ["--policy", "x", "--recipe", "demo"] if command == "eval" else arguments[: command not in without]
+        first = arguments[: command not in without]
+        if command == "eval":
+            first = ["--policy", "x", *(["--suite", "reach"] if "--suite" in arguments else ["--recipe", "demo"])]
         with pytest.raises(SystemExit):
             main([command, *first, "--help"])
         shown = capsys.readouterr().out
@@ -283,7 +285,7 @@ def test_the_readme_is_right(uninterrupted, capsys):
         (["run"], 2, "name a recipe first"),
         (["run", "dmeo", "--run-dir", "x"], 1, "did you mean 'demo'"),
         (["eval", "--policy", "nowhere/policy", "--out", "x"], 2, "lies in no run folder"),
-        (["eval", "--policy", "nowhere/policy", "--recipe", "demo", "--out", "x"], 1, "nowhere/policy is no folder"),
+        (["eval", "--policy", "nowhere/policy", "--recipe", "demo", "--out", "x"], 2, "there is no policy 'nowhere/policy'"),
         (["train", "demo", "--policy", "nowhere", "--run-dir", "RUN"], 1, "nowhere is no folder"),
         (["sft", "demo", "--dataset", "nowhere", "--run-dir", "RUN"], 1, "nowhere"),
         (["compare", "nowhere", "x"], 1, "holds no eval.json"),
