@@ -285,7 +285,11 @@ def test_the_readme_is_right(uninterrupted, capsys):
         (["run"], 2, "name a recipe first"),
         (["run", "dmeo", "--run-dir", "x"], 1, "did you mean 'demo'"),
         (["eval", "--policy", "nowhere/policy", "--out", "x"], 2, "lies in no run folder"),
-        (["eval", "--policy", "nowhere/policy", "--recipe", "demo", "--out", "x"], 2, "there is no policy 'nowhere/policy'"),
+        (
+            ["eval", "--policy", "nowhere/policy", "--recipe", "demo", "--out", "x"],
+            2,
+            "there is no policy 'nowhere/policy'",
+        ),
         (["train", "demo", "--policy", "nowhere", "--run-dir", "RUN"], 1, "nowhere is no folder"),
         (["sft", "demo", "--dataset", "nowhere", "--run-dir", "RUN"], 1, "nowhere"),
         (["compare", "nowhere", "x"], 1, "holds no eval.json"),
