@@ -14,12 +14,14 @@ STATE_LIMIT = 10.0
 
 
 def state_inputs(obs: Observation, normalizer: NormalizerBuffers) -> PolicyInputs:
-    """The normalised state within `STATE_LIMIT`, on the normaliser's device. Raises ValueError where the state has
-    another size."""
+    """The normalised state on the normaliser's device, within `STATE_LIMIT` unless it is the raw one. Raises ValueError
+    where the state has another size."""
     size = normalizer.offset.shape[0]
     if obs.state.shape[1] != size:
         raise ValueError(f"the policy needs state [N, {size}], got {tuple(obs.state.shape)}")
-    state = normalizer.normalize(obs.state.to(normalizer.offset.device)).clamp(-STATE_LIMIT, STATE_LIMIT)
+    state = normalizer.normalize(obs.state.to(normalizer.offset.device))
+    if normalizer.kind != "identity":
+        state = state.clamp(-STATE_LIMIT, STATE_LIMIT)
     return PolicyInputs({}, torch.zeros(len(obs), 0, dtype=torch.int64, device=state.device), state)
 
 
