@@ -147,8 +147,9 @@ def robosuite_lift() -> Recipe:
     return _flow_sde(RobosuiteConfig("Lift", image_size=64, fast_pictures=True, num_workers=2), 50)
 
 
-def _libero(task: str) -> Recipe:
-    """From one camera: 20 noisy demonstrations, then a critic from them and WSRL, as `vla_offline_to_online`."""
+def libero_object() -> Recipe:
+    """LIBERO-Object's first task from one camera: 20 noisy demonstrations for the tiny VLA, then a critic from them and
+    WSRL, as `vla_offline_to_online`; disjoint initial states."""
     chunk = 8
     start = vla_offline_to_online()
     assert isinstance(start.train, OffPolicyConfig)
@@ -168,7 +169,7 @@ def _libero(task: str) -> Recipe:
     )
     return replace(
         start,
-        env=LiberoConfig(task=task, cameras=("agentview",), image_size=64, fast_pictures=True, num_workers=2),
+        env=LiberoConfig(cameras=("agentview",), image_size=64, fast_pictures=True, num_workers=2),
         demos=DemosConfig(num_episodes=20, num_envs=2, expert=RemoteExpertConfig(action_noise=0.1)),
         policy=TinyVLAConfig(action_horizon=chunk),
         train=replace(
@@ -181,11 +182,6 @@ def _libero(task: str) -> Recipe:
         ),
         evaluation=EvalConfig(num_episodes=100, num_envs=8, policy_batch_size=8, num_videos=2),
     )
-
-
-def libero_object() -> Recipe:
-    """LIBERO-Object's first task from one camera: the tiny VLA, SFT and WSRL; disjoint initial states."""
-    return _libero("libero_object/0")
 
 
 def metaworld_reach() -> Recipe:

@@ -17,7 +17,7 @@ from typing import Any
 from vla_rl.evaluation.evaluate import Finished, result_of
 from vla_rl.evaluation.journal import Journal
 from vla_rl.evaluation.policies import Actor, ReadyPolicy
-from vla_rl.evaluation.result import EvalResult
+from vla_rl.evaluation.result import EvalResult, all_stages
 from vla_rl.evaluation.statistics import minimum_detectable_difference
 from vla_rl.evaluation.stopping import StopRule
 from vla_rl.evaluation.suite import Suite, SuiteCase
@@ -177,8 +177,7 @@ def _merged(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         name: first if all(m.get(name) == first for m in measured) else [m.get(name) for m in measured]
         for name, first in measured[0].items()
     }
-    stages = dict.fromkeys(name for m in measured for name in m.get("stage_names", ()))
-    return values | ({"stage_names": list(stages)} if stages else {})
+    return values | all_stages(measured)
 
 
 __all__ = ["HarnessConfig", "describe_precision", "run_suite"]

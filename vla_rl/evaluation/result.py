@@ -241,8 +241,7 @@ class EvalResult:
                 raise ValueError(f"cannot merge evaluations that differ in {', '.join(different)}")
         episodes = tuple(episode for result in results for episode in result.episodes)
         parts: dict[str, Any] = {name: [result.config.get(name) for result in results] for name in varying[:-1]}
-        stages = dict.fromkeys(name for result in results for name in result.config.get("stage_names", ()))
-        parts |= {"stage_names": list(stages)} if stages else {}
+        parts |= all_stages([result.config for result in results])
         return EvalResult(episodes, {**common, **parts}, sum(result.wall_s for result in results))
 
     def format_table(self) -> str:
@@ -261,6 +260,12 @@ class EvalResult:
             numbers = f"{part.mean_length:7.1f}  {part.mean_return:8.3f}"
             lines.append(f"{task:{width}}  {part.success_once.n:5}  {once:22}  {end:22}  {numbers}")
         return "\n".join(lines)
+
+
+def all_stages(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`stage_names` of several evaluations in one list, in order of first appearance; nothing where none has stages."""
+    stages = dict.fromkeys(name for config in configs for name in config.get("stage_names", ()))
+    return {"stage_names": list(stages)} if stages else {}
 
 
 def _interval(rate: Rate) -> str:
