@@ -7,20 +7,20 @@ policy, sampler and algorithm it has is the recipe's own; `module:function` name
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
-WITH_RECIPE = ("run", "demos", "sft", "train", "eval")
+WITH_RECIPE = ("run", "demos", "sft", "train")
+EVALUATION = ("eval", "compare", "report", "runs")
 COMMANDS = (
     *WITH_RECIPE,
+    *EVALUATION,
     "doctor",
     "recipes",
     "env",
-    "compare",
-    "report",
-    "runs",
     "checkpoint",
     "serve",
     "twin",
@@ -46,7 +46,13 @@ USAGE = """vla-rl: take a vision-language-action policy from demonstrations to a
   vla-rl replay LOG --policy DIR             a policy's answers to an arm's log, against what was done there
   vla-rl checkpoint inspect DIR | convert FROM TO    public checkpoints: pi0, pi0.5, SmolVLA, OpenVLA
 
-  vla-rl COMMAND RECIPE --help shows all options; add --resume to go on with what was interrupted."""
+  vla-rl COMMAND --help shows how to see all options; add --resume to go on with what was interrupted."""
+
+_HELP = {
+    **{name: f"\n\nOptions depend on the recipe: vla-rl {name} demo --help" for name in WITH_RECIPE},
+    "eval": "\n\nOptions depend on the episodes: vla-rl eval --policy DIR --suite reach --help, or --recipe demo",
+    "recipes": "",
+}
 
 
 class UsageError(ValueError):
@@ -65,12 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             raise UsageError(f"there is no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if rest[:1] in (["-h"], ["--help"]) and name in (*WITH_RECIPE, "recipes"):
-            print(f"{USAGE}\n\nOptions depend on the recipe: vla-rl {name} demo --help", flush=True)
+        if rest[:1] in (["-h"], ["--help"]) and name in _HELP:
+            print(f"{USAGE}{_HELP[name]}", flush=True)
             return 0
-        from vla_rl import commands  # torch and the simulator take seconds to import: not for a list of commands
-
-        return getattr(commands, f"{name}_command")(rest)
+        # torch and the simulator take seconds to import: not for a list of commands
+        module = importlib.import_module(f"vla_rl.commands{'_eval' if name in EVALUATION else ''}")
+        return getattr(module, f"{name}_command")(rest)
     except BrokenPipeError:  # whoever read the output has seen enough: `vla-rl recipes | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

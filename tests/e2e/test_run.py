@@ -307,6 +307,18 @@ def test_wrong_calls_say_how_to_do_it(argv, code, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["run", "demos", "sft", "train", "eval"])
+def test_help_names_a_call_that_shows_the_options(command, capsys):
+    assert main([command, "--help"]) == 0
+    hint = capsys.readouterr().out.splitlines()[-1]
+    called = hint[hint.index("vla-rl") :].split(",")[0].split()[1:]
+    assert called[0] == command
+    with pytest.raises(SystemExit) as stop:
+        main(called)
+    assert stop.value.code == 0
+    assert {"eval": "--episodes", "demos": "--out"}.get(command, "--run-dir") in capsys.readouterr().out
+
+
 def test_an_unknown_option_is_named_with_a_suggestion(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["run", "demo", "--run-dir", "x", "--train.num-iteration", "3"])
