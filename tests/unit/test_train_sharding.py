@@ -1,10 +1,13 @@
 """An adapted policy that learns in two processes, with whole or with divided layers, against one process."""
 
+import os
 import warnings
 from pathlib import Path
 
 import pytest
+import ray
 import torch
+from ray.cluster_utils import Cluster
 
 from tests.unit.two_learners import start_two
 from vla_rl.core import Observation
@@ -24,6 +27,7 @@ from vla_rl.train.loop import TrainConfig, Trainer, run_training
 from vla_rl.train.metrics import read_metrics
 from vla_rl.train.sharding import shard_layers, whole_state
 
+ADDRESS_FILE = "ray_address"
 NUM_ROWS = 5  # of which learner 0 has three
 
 
@@ -82,12 +86,14 @@ def learn(folder):
 
 
 # ------------------------------------------------------------------------------------------------------- runs of PPO
-RUNS = {"frozen encoder": True, "learning encoder": False}
+# frozen encoder?, workers of each of two learners
+RUNS = {"frozen encoder": (True, 0), "learning encoder": (False, 0), "learning encoder, workers": (False, 1)}
 
 
 def train(name, folder, num_iterations=3, **options):
-    """PPO of a TinyVLA without cameras; its scores are computed again before each update."""
+    """PPO of a TinyVLA without cameras; its scores are computed again before each update. Two divide its layers."""
     torch.manual_seed(0)
+    freeze, workers = RUNS[name]
     expert = ActionExpertConfig(width=16, num_layers=2, num_heads=2)
     policy = TinyVLA(TinyVLAConfig(5, 2, (), action_horizon=4, expert=expert))
     actor = ActorConfig(
@@ -96,7 +102,7 @@ def train(name, folder, num_iterations=3, **options):
     config = TrainConfig(
         num_envs=8,
         num_iterations=num_iterations,
-        freeze_encoder=RUNS[name],
+        freeze_encoder=freeze,
         eval_interval=2,
         algorithm=PPOConfig(
             num_decisions=4, critic_warmup_iterations=0, actor=actor, critic=CriticConfig(minibatch_size=64)
@@ -107,25 +113,32 @@ def train(name, folder, num_iterations=3, **options):
     def evaluate():
         calls.append(sum(is_divided(p) for p in policy.parameters()))
         policy.act(Observation({}, torch.zeros(1, 5), ("go",)), torch.zeros(1, 4, 2))
-        return {"eval/calls": float(len(calls))}
+        return {"eval/calls": 1.0}
 
-    shard = num_learners() > 1
-    run_training(
-        policy, make_two_way_reach, config, folder, evaluate=evaluate, tensorboard=False, shard=shard, **options
-    )
-    assert calls == ([0, 0] if num_iterations == 3 and learner() == 0 and not options else [0] * len(calls))
+    options |= {"evaluate": evaluate, "tensorboard": False, "shard": num_learners() > 1}
+    if workers and num_learners() > 1:
+        address = (Path(folder).parents[1] / ADDRESS_FILE).read_text()
+        options["rollout"] = RolloutConfig(workers=workers, ray_address=address, cpus_per_worker=0.5)
+    run_training(policy, make_two_way_reach, config, folder, **options)
+    assert calls == ([0, 0] if num_iterations == 3 and learner() == 0 and "resume" not in options else [0] * len(calls))
     assert learner() == 0 or not calls
     return policy
 
 
 def run_twice(name, folder):
-    """In one go, and in two parts."""
+    """In one go, and in two parts; with workers, whose start takes seconds, in two parts alone."""
     folder = Path(folder) / name
-    whole = train(name, folder / "whole")
-    train(name, folder / "parts", 2)
-    resumed = train(name, folder / "parts", resume=True)
-    with pytest.raises(ValueError, match="workers take copies"):
-        Trainer(resumed, make_two_way_reach, TrainConfig(), rollout=RolloutConfig(workers=1), shard=True)
+    workers = RUNS[name][1]
+    parts = folder / ("whole" if workers else "parts")
+    whole = None if workers else train(name, folder / "whole")
+    train(name, parts, 2)
+    resumed = train(name, parts, resume=True)
+    whole = whole or resumed
+    if workers:
+        config = RolloutConfig(workers=1, ray_address=(folder.parent / ADDRESS_FILE).read_text(), cpus_per_worker=0.5)
+        with pytest.raises(ValueError, match="workers take copies of the policy, and its layers are divided already"):
+            Trainer(resumed, make_two_way_reach, TrainConfig(num_envs=8), rollout=config, shard=True)
+        ray.shutdown()
     return {
         "whole": whole_state(plain_state_dict(whole)),
         "resumed": whole_state(plain_state_dict(resumed)),
@@ -137,7 +150,13 @@ def run_twice(name, folder):
 def learned(tmp_path_factory):
     """What both learners end with. They are started as torchrun does."""
     folder = tmp_path_factory.mktemp("learners")
-    return [*start_two("tests.unit.test_train_sharding:learn", folder), folder]
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    (folder / ADDRESS_FILE).write_text(cluster.address)
+    try:
+        return [*start_two("tests.unit.test_train_sharding:learn", folder), folder]
+    finally:
+        cluster.shutdown()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -182,7 +201,7 @@ def test_a_run_of_two_that_divide_layers_is_that_of_one(learned, tmp_path, name)
         assert torch.equal(first["whole"][key], saved[key]), key
         torch.testing.assert_close(saved[key], value, atol=2e-5, rtol=1e-3, msg=key)
     ours, theirs = (read_metrics(folder) for folder in (learned[2] / name / "whole", tmp_path / "one"))
-    assert [row.get("eval/calls") for row in ours] == [None, 1.0, 2.0]
+    assert [row.get("eval/calls") for row in ours] == [None, 1.0, 1.0]
     for metric in ("update/policy_loss", "update/actor_grad_norm", "rollout/episodes_finished"):
         assert [row[metric] for row in ours] == pytest.approx([row[metric] for row in theirs], rel=1e-3, abs=1e-5)
 

@@ -33,6 +33,7 @@ from vla_rl.rollout.ray_config import RolloutConfig
 from vla_rl.rollout.ray_simulators import DIED, MAX_DEATHS, MakeEnv
 from vla_rl.rollout.ray_start import connect
 from vla_rl.rollout.ray_worker import Request, RolloutWorker, WorkerOptions, weights_of
+from vla_rl.train.distributed import is_divided
 
 
 @dataclass
@@ -274,7 +275,11 @@ def start_ray(config: RolloutConfig) -> bool:
 
 
 def _on_cpu(sampler: ChunkSampler) -> ChunkSampler:
-    """A copy that a machine without a GPU can load."""
+    """A copy that a machine without a GPU can load. Raises ValueError where learners divide the policy's layers."""
+    if any(is_divided(p) for p in sampler.policy.parameters()):
+        raise ValueError(
+            "workers take copies of the policy, and its layers are divided already; give one that is whole"
+        )
     there: Any = copy.deepcopy(sampler)
     there.policy.to("cpu")
     if getattr(there, "noise_head", None) is not None:

@@ -18,6 +18,7 @@ from vla_rl.rollout.collector import RolloutBatch, RolloutCollector
 from vla_rl.rollout.ray_batches import map_tensors
 from vla_rl.rollout.ray_config import RolloutConfig
 from vla_rl.rollout.ray_simulators import MakeEnv, RaySimulators
+from vla_rl.train.sharding import whole_state
 
 Weights = list[np.ndarray]
 
@@ -49,14 +50,16 @@ class Request:
 
 def _changing(sampler: ChunkSampler) -> list[Tensor]:
     head: nn.Module | None = getattr(sampler, "noise_head", None)
-    return [p.detach() for p in trainable_parameters(sampler.policy)] + (
-        [] if head is None else list(head.parameters())
-    )
+    learned = trainable_parameters(sampler.policy) + ([] if head is None else list(head.parameters()))
+    return [p.detach() for p in learned]
 
 
 def weights_of(sampler: ChunkSampler) -> Weights:
-    """The bytes of everything that an update changes: a frozen encoder is not sent again and again."""
-    return [p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().copy() for p in _changing(sampler)]
+    """The bytes of everything that an update changes: a frozen encoder is not sent again and again.
+
+    Layers that learners divide are made whole, one tensor after the other; then all learners call it together.
+    """
+    return [whole_state(p).cpu().contiguous().flatten().view(torch.uint8).numpy().copy() for p in _changing(sampler)]
 
 
 @torch.no_grad()

@@ -131,7 +131,8 @@ MakeEnv = Callable[[int], ChunkedEnv]
 class Trainer:
     """What one on-policy run consists of: the policy, who collects with it and who improves it.
 
-    `shard`: several learners divide the policy's layers while they learn; to collect, each has all of it.
+    `shard`: several learners divide the policy's layers while they learn; to collect, each has all of it, or its
+    workers have.
     """
 
     def __init__(
@@ -153,15 +154,13 @@ class Trainer:
             if not isinstance(config.algorithm, PPOConfig) or demos is not None:
                 raise ValueError("several learners are for PPO without bc_coef; start this run without torchrun")
             same_start(policy)
-        if shard:
-            if rollout is not None and rollout.workers:
-                raise ValueError(
-                    "learners.shard: workers take copies, and a divided policy cannot be copied; leave one out"
-                )
-            shard_layers(policy)
         seed = config.algorithm.seed
         self._demos = demos
         sampler = build_sampler(policy, config.sampler, seed=seed)
+        # workers copy the policy now, and can copy none whose layers are divided
+        self._collector = make_collector(make_env, sampler, config, rollout or RolloutConfig())
+        if shard:
+            shard_layers(policy)
         self.learner: Learner = build_learner(
             sampler,
             config.algorithm,
@@ -169,7 +168,6 @@ class Trainer:
             demos=demos,
             progress_demos=progress_demos,
         )
-        self._collector = make_collector(make_env, sampler, config, rollout or RolloutConfig())
         self.spec = self._collector.spec
         self.num_iterations = 0
 
