@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vla_rl.core import ActionSpec, Observation
-from vla_rl.protocols import StepEnv, StepOutcome
+from vla_rl.protocols import RunsAhead, StepEnv, StepOutcome
 from vla_rl.sim.language import contradicted, reworded
 
 
@@ -65,6 +65,11 @@ class PerturbedEnv:
         self.inner.reset(env_ids, seeds)
         self._seeds[env_ids], self._steps[env_ids] = seeds.cpu(), 0
         self._late[env_ids] = self._rest
+
+    def begin_chunk(self, actions: Tensor, num_steps: Tensor) -> None:
+        """See `RunsAhead`; late actions are not told before."""
+        if isinstance(self.inner, RunsAhead) and not self.perturbation.action_delay:
+            self.inner.begin_chunk(actions, num_steps)
 
     def step(self, actions: Tensor, active: Tensor) -> StepOutcome:
         self._steps += active.cpu()

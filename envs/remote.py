@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +46,8 @@ class HostConfig:
 
     `python`: the interpreter. `module`: the host module's file, a bare name is one of `vla_rl/envs/hosts`. `options`:
     JSON values for its `build`. `environment`: variables added to this process's. A process that does not answer within
-    `timeout_s` seconds counts as dead (`start_timeout_s` while it builds); after `max_restarts` deaths without a step
-    in between it is given up.
+    `timeout_s` seconds, also to a chunk of all its environments, counts as dead (`start_timeout_s` while it builds);
+    after `max_restarts` deaths without a step in between it is given up.
     """
 
     python: Path | str
@@ -209,6 +210,8 @@ class RemoteStepEnv:
         self._gone = np.zeros(num_envs, dtype=bool)  # died with its process since the last reset
         self._lost = np.zeros(num_envs, dtype=bool)  # and had not ended
         cameras = self.spec.cameras.items()
+        # reward and flags of the steps that were run ahead and not asked for yet
+        self._ahead: list[deque[tuple[float, np.ndarray]]] = [deque() for _ in range(num_envs)]
         self._shown = Observation(
             {c: torch.zeros(num_envs, s.height, s.width, 3, dtype=torch.uint8) for c, s in cameras},
             torch.zeros(num_envs, self.spec.state_dim),
@@ -220,24 +223,23 @@ class RemoteStepEnv:
         for i, seed in zip(ids, seeds.tolist(), strict=True):
             self._seeds[i], self._history[i] = stream_seed(self._stream, seed), []
             self._running[i] = self._lost[i] = self._gone[i] = False
+            self._ahead[i].clear()
         self._reset(ids)
 
+    def begin_chunk(self, actions: Tensor, num_steps: Tensor) -> None:
+        """See `RunsAhead`: one question to each process instead of one a step, and none waits for the others."""
+        self._run(actions, num_steps.numpy())
+
     def step(self, actions: Tensor, active: Tensor) -> StepOutcome:
-        moving = active.numpy() & ~self._lost
-        clamped = self.spec.action.clamp(actions).double().numpy()
-        ids = np.flatnonzero(moving).tolist()
-        for i in ids:
-            self._history[i].append(clamped[i].copy())
-        replies = self._ask("step", ids, lambda own: {"actions": clamped[own]})
-        reward = torch.zeros(self.num_envs)
-        flags = torch.zeros(3, self.num_envs, dtype=torch.bool)
-        for own, (_, arrays) in replies:
-            reward[own] = torch.from_numpy(arrays["reward"])
-            flags[:, own] = torch.from_numpy(arrays["flags"])
-            self._deaths = 0
-        self._running &= ~(flags[0] | flags[1]).numpy()
+        waiting = active.numpy() & [not ahead for ahead in self._ahead]
+        if waiting.any():
+            self._run(actions[:, None], waiting.astype(np.int64))
+        reward, flags = np.zeros(self.num_envs, np.float32), np.zeros((3, self.num_envs), bool)
+        for i in np.flatnonzero(active.numpy() & ~self._lost).tolist():
+            reward[i], flags[:, i] = self._ahead[i].popleft()
+        self._running &= ~(flags[0] | flags[1])
         lost = torch.from_numpy(self._lost.copy()) & active
-        return StepOutcome(reward, flags[0], flags[1], flags[2], lost=lost)
+        return StepOutcome(torch.from_numpy(reward), *map(torch.from_numpy, flags), lost=lost)
 
     def observe(self, env_ids: Tensor, images: bool) -> Observation:
         """An episode whose process died shows what it showed last."""
@@ -296,9 +298,13 @@ class RemoteStepEnv:
         alive = np.flatnonzero(~lost).tolist()
         self._history = [[] for _ in history]
         self._reset(alive)
-        for t in range(max(map(len, history), default=0)):
-            ids = [i for i in alive if t < len(history[i]) and not self._gone[i]]
-            self._ask("step", ids, lambda own, t=t: {"actions": np.stack([history[i][t] for i in own])})
+        limits = np.where(lost, 0, [len(h) for h in history])
+        actions = torch.zeros(self.num_envs, int(limits.max()), self.spec.action.dim)
+        for i in np.flatnonzero(limits).tolist():
+            actions[i, : limits[i]] = state["history"][i]
+        self._run(actions, limits)
+        for i in range(self.num_envs):
+            self._ahead[i].clear()
         self._history = history
         self._running = state["running"].numpy().copy() & ~self._lost
         self._lost, self._gone = self._lost | lost, self._gone | lost
@@ -319,6 +325,17 @@ class RemoteStepEnv:
             waiting = [i for i in waiting if i not in done]
             self._lost[waiting] = self._gone[waiting] = False
         self._running[ids] = True
+
+    def _run(self, actions: Tensor, num_steps: np.ndarray) -> None:
+        """Steps of all whose episode goes on, `num_steps` [N] of `actions` [N, K, A]; what came of them is kept."""
+        clamped = self.spec.action.clamp(actions).double().numpy()
+        ids = np.flatnonzero((num_steps > 0) & ~self._lost & ~self._gone).tolist()
+        chunks = self._ask("run", ids, lambda own: {"actions": clamped[own], "num_steps": num_steps[own]})
+        for own, (_, arrays) in chunks:
+            self._deaths = 0
+            for i, done, reward, flags in zip(own, *(arrays[x] for x in ("num_steps", "reward", "flags")), strict=True):
+                self._history[i] += list(clamped[i, :done])
+                self._ahead[i].extend(zip(reward[:done].tolist(), flags[:done], strict=True))
 
     def _ask(
         self, call: str, ids: Sequence[int], arrays: Any = None, extra: Mapping[str, Any] | None = None

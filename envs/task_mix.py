@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vla_rl.core import EnvSpec, Observation
 from vla_rl.envs.vector import ChunkedEnv
-from vla_rl.protocols import StepEnv, StepOutcome
+from vla_rl.protocols import RunsAhead, StepEnv, StepOutcome
 from vla_rl.train.curriculum import CurriculumConfig, TaskCurriculum
 
 
@@ -45,6 +45,13 @@ class TaskMixEnv:
         self._success[env_ids] = False
         for env, rows in self._running(env_ids):
             env.reset(env_ids[rows], seeds[rows])
+
+    def begin_chunk(self, actions: Tensor, num_steps: Tensor) -> None:
+        """See `RunsAhead`; a task's own limit may end an episode before the mixture's."""
+        certain = num_steps.minimum(self._limits[self._task] - self._steps)
+        for env, mine in self._running(num_steps.nonzero().flatten(), of_all=True):
+            if isinstance(env, RunsAhead):
+                env.begin_chunk(actions, torch.where(mine, certain, 0))
 
     def step(self, actions: Tensor, active: Tensor) -> StepOutcome:
         """One control step; see `StepEnv`."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vla_rl.core import ChunkStep, Observation
-from vla_rl.protocols import StepEnv
+from vla_rl.protocols import RunsAhead, StepEnv
 
 _SEED_LIMIT = 2**63 - 1
 _SPLIT_STREAMS = {"train": (0,), "test": (1,)}
@@ -133,6 +133,8 @@ class ChunkedEnv:
         episode_steps = self._episode_steps.to(device)
         frames: dict[int, list[Tensor]] = {int(i): [] for i in record}
 
+        if isinstance(self._env, RunsAhead):
+            self._env.begin_chunk(actions, self._certain_steps(active, k, record))
         for i in range(k):
             if device.type == "cpu" and not bool(active.any()):
                 break  # on a GPU this question would be a synchronisation; frozen environments do not move anyway
@@ -219,6 +221,16 @@ class ChunkedEnv:
         self._env.reset(ids, torch.tensor(seeds, dtype=torch.int64))
         self._episode_steps[ids] = 0
         self._ended[ids] = False
+
+    def _certain_steps(self, active: Tensor, k: int, record: Sequence[int]) -> Tensor:
+        """How many steps of a chunk of `k` each environment takes unless its episode ends, int64 [N]; none where frames
+        are recorded, which are rendered between the steps."""
+        steps = torch.full_like(self._episode_steps, k)
+        if self.spec.max_episode_steps is not None:
+            steps = steps.minimum(self.spec.max_episode_steps - self._episode_steps)
+        steps = torch.where(active.cpu(), steps, 0)
+        steps[list(record)] = 0
+        return steps
 
     def _record(self, frames: dict[int, list[Tensor]], active: Tensor) -> None:
         ids = [i for i in frames if bool(active[i])]

@@ -72,6 +72,16 @@ class StepEnv(Protocol):
 
 
 @runtime_checkable
+class RunsAhead(Protocol):
+    """A capability of a `StepEnv`: it can be told a chunk before its steps, to run them in one go."""
+
+    def begin_chunk(self, actions: Tensor, num_steps: Tensor) -> None:
+        """The next `num_steps[i]` (int64 [N]) steps of environment i will be `actions[i]` (float32 [N, K, A]), unless
+        its episode ends before. `step` still tells what came of each, and nothing else is asked in between."""
+        ...
+
+
+@runtime_checkable
 class ChunkedVectorEnv(Protocol):
     """The contract that every environment of the project keeps, simulator or arm."""
 

@@ -70,10 +70,18 @@ class Server:
             self.envs[i].reset(int(seed))
         return {}
 
-    def step(self, ids: list[int], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-        outcome = [self.envs[i].step(action) for i, action in zip(ids, arrays["actions"], strict=True)]
-        reward, *flags = zip(*outcome, strict=True)
-        return {"arrays": {"reward": np.array(reward, np.float32), "flags": np.array(flags, bool)}}
+    def run(self, ids: list[int], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Steps of each environment's chunk, "num_steps" [M] of "actions" [M, K, A] or fewer where its episode ends."""
+        actions, limits = arrays["actions"], arrays["num_steps"]
+        reward, flags = np.zeros(actions.shape[:2], np.float32), np.zeros((*actions.shape[:2], 3), bool)
+        done = np.zeros(len(ids), np.int64)
+        for row, i in enumerate(ids):
+            ended = False
+            while done[row] < limits[row] and not ended:
+                t = done[row]
+                reward[row, t], *flags[row, t] = self.envs[i].step(actions[row, t])
+                done[row], ended = t + 1, flags[row, t, 0] or flags[row, t, 1]
+        return {"arrays": {"reward": reward, "flags": flags, "num_steps": done}}
 
     def observe(self, ids: list[int], images: bool) -> dict[str, Any]:
         states, sentences = [], []
@@ -97,7 +105,7 @@ class Server:
         if call == "attach":
             self.attach(message["path"])
             return {}
-        if call in ("reset", "step"):
+        if call in ("reset", "run"):
             return getattr(self, call)(ids, arrays)
         if call == "observe":
             return self.observe(ids, message["images"])

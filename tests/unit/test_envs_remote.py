@@ -18,6 +18,7 @@ from vla_rl.data.demos import collect_demos
 from vla_rl.data.lerobot_reader import LeRobotDataset
 from vla_rl.data.replay import ReplayBuffer, ReplayConfig
 from vla_rl.data.replay_writer import EpisodeWriter
+from vla_rl.envs import remote
 from vla_rl.envs.hosts import protocol
 from vla_rl.envs.remote import HostConfig, RemoteStepEnv, SimulatorError
 from vla_rl.envs.vector import ChunkedEnv
@@ -63,6 +64,30 @@ def test_states_and_pictures_are_those_of_the_simulator() -> None:
     assert env.observe(torch.tensor([1]), images=False).state[0, 2] == 0
     assert torch.equal(env.expert_actions(torch.tensor([1])), torch.tensor([[1.0, 0.0]]))
     env.close()
+
+
+def test_a_chunk_is_one_question_and_the_same_as_its_steps(monkeypatch) -> None:
+    calls: list[str] = []
+    send = protocol.send
+    monkeypatch.setattr(remote, "send", lambda channel, message, arrays=None: (
+        calls.append(message["call"]), send(channel, message, arrays))[1])  # fmt: skip
+    actions = torch.rand(4, 8, 2, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    steps = {}
+    for name, record in (("ahead", ()), ("recorded", range(4))):
+        env = ChunkedEnv(RemoteStepEnv(_config(), 4, num_workers=2))
+        env.reset(range(4))
+        calls.clear()
+        steps[name] = env.step(actions, record=record)
+        moved = steps[name].executed
+        by_step = int(moved[0::2].any(dim=0).sum() + moved[1::2].any(dim=0).sum())
+        assert calls.count("run") == (2 if name == "ahead" else by_step)
+        env.close()
+    one, other = steps["ahead"], steps["recorded"]
+    assert (one.end_step >= 0).any()  # some episodes end within it
+    assert (one.end_step < 0).any()
+    for field in ("rewards", "executed", "terminated", "truncated", "success", "success_at_end", "end_step"):
+        assert torch.equal(getattr(one, field), getattr(other, field)), field
+    assert torch.equal(one.obs.state, other.obs.state)
 
 
 def test_streams_do_not_share_an_episode() -> None:
