@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from vla_rl.data.demos import DemoSummary, collect_demos
 from vla_rl.data.lerobot_format import DatasetError, atomic_write_json, read_json
 from vla_rl.data.lerobot_reader import LeRobotDataset
 from vla_rl.data.normalization import Normalizer
-from vla_rl.envs.config import EnvConfig, demo_env
+from vla_rl.envs.config import AnyEnvConfig, EnvConfig, demo_env
 from vla_rl.envs.experts import AnyExpertConfig, make_expert
 from vla_rl.envs.gym import FunctionExpertConfig
 from vla_rl.envs.task_mix import make_task_mix
@@ -60,7 +60,10 @@ def record_demos(recipe: Recipe, path: Path) -> DemoSummary:
 
 
 def _check_same_demos(recipe: Recipe, path: Path) -> None:
-    kind = {"env": config_to_dict(demo_env(recipe.env)), "demos": config_to_dict(recipe.demos)}
+    env = demo_env(recipe.env)
+    kind = {"env": config_to_dict(env), "demos": config_to_dict(recipe.demos)}
+    # what a recording from before an option was had of it
+    before = {"env": config_to_dict(_by_default(env)), "demos": config_to_dict(_by_default(recipe.demos))}
     for name in ("num_threads", "num_workers", "engine", "device"):
         kind["env"].pop(name, None)
     for name in ("num_episodes", "num_envs"):
@@ -68,12 +71,18 @@ def _check_same_demos(recipe: Recipe, path: Path) -> None:
     file = path / "meta" / "recipe.json"
     if file.exists():
         stored = read_json(file)
-        changed = [f"{p}.{n}" for p in kind for n in kind[p] if stored.get(p, {}).get(n) != kind[p][n]]
+        changed = [f"{p}.{n}" for p in kind for n in kind[p] if (before[p] | stored.get(p, {}))[n] != kind[p][n]]
         if changed:
             raise DatasetError(f"{path} holds demonstrations with another {', '.join(changed)}; choose another folder")
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_json(file, kind)
+
+
+def _by_default(config: Any) -> Any:
+    """A config of the same class with its defaults, and `config`'s own values where there are none."""
+    needed = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
+    return type(config)(**{name: getattr(config, name) for name in needed})
 
 
 def fine_tune(
@@ -157,18 +166,29 @@ def reinforce(
         assert policy_folder is not None
         return _reinforce_on_policy(recipe, recipe.train, policy_folder, run_dir, resume, dataset_path, shard)
 
+    env_config = _env_of_worker(recipe)
+
     def make_env(num_envs: int) -> ChunkedEnv:
-        return recipe.env.make(num_envs, split="train", auto_reset=True, final_images=True)
+        return env_config.make(num_envs, split="train", auto_reset=True, final_images=True)
 
     return reinforce_from_replay(
         recipe.train,
         make_env,
         run_dir,
+        rollout=recipe.rollout,
         policy=None if policy_folder is None else lambda spec: load_for(recipe, policy_folder, spec, check=True),
         dataset_path=dataset_path,
         resume=resume,
         evaluate=lambda policy: _curve_metrics(recipe, policy),
     )
+
+
+def _env_of_worker(recipe: Recipe) -> AnyEnvConfig:
+    """The environment, with no more threads than a worker has cores."""
+    rollout, config = recipe.rollout, recipe.env
+    if rollout.workers and isinstance(config, EnvConfig) and config.num_threads is None:
+        return replace(config, num_threads=max(1, int(rollout.cpus_per_worker)))
+    return config
 
 
 def _reinforce_on_policy(
@@ -180,9 +200,7 @@ def _reinforce_on_policy(
     dataset_path: Path | None,
     shard: bool,
 ) -> TrainResult:
-    rollout, env_config = recipe.rollout, recipe.env
-    if rollout.workers and isinstance(env_config, EnvConfig) and env_config.num_threads is None:
-        env_config = replace(env_config, num_threads=max(1, int(rollout.cpus_per_worker)))
+    env_config = _env_of_worker(recipe)
 
     def make_env(num_envs: int) -> ChunkedEnv:
         def make_task(task: str | None = None) -> ChunkedEnv:
@@ -212,7 +230,7 @@ def _reinforce_on_policy(
         resume=resume,
         evaluate=lambda: _curve_metrics(recipe, policy),
         demos=demos,
-        rollout=rollout,
+        rollout=recipe.rollout,
         progress_demos=progress_demos,
         shard=shard,
     )
