@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vla_rl.policies.checkpoints.config_json import config_to_dict
+from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
 
 
 class CheckpointError(ValueError):
@@ -22,11 +22,21 @@ class CheckpointError(ValueError):
 
 def require_same_config(stored: Mapping[str, Any], config: Any, may_change: Collection[str], where: Path) -> None:
     """Raise CheckpointError where the run of the state file `where` had another `config`, but for `may_change`."""
-    here = config_to_dict(config)
-    changed = [name for name in here if name not in may_change and stored.get(name) != here[name]]
+    changed = {name: pair for name, pair in changed_options(stored, config).items() if name not in may_change}
     if changed:
-        changes = ", ".join(f"{name}: {stored.get(name)} -> {here[name]}" for name in changed)
+        changes = ", ".join(f"{name}: {before} -> {now}" for name, (before, now) in changed.items())
         raise CheckpointError(f"{where}: the stored run has another configuration ({changes}); resume with its own")
+
+
+def changed_options(stored: Mapping[str, Any], config: Any) -> dict[str, tuple[Any, Any]]:
+    """The fields of `config` that `stored`, JSON values, has otherwise: before and now. An option that did not exist
+    when it was stored had its default."""
+    try:
+        before = config_to_dict(config_from_dict(type(config), stored))
+    except ValueError:  # of another class, or with options that went
+        before = dict(stored)
+    now = config_to_dict(config)
+    return {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
 
 
 def save_state(path: str | Path, state: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.load_any import layout_of, load_any
 from vla_rl.policies.checkpoints.native import read_description, save_policy
 from vla_rl.train.check import check_policy, device_of
+from vla_rl.train.checkpoint import changed_options
 from vla_rl.train.demo_source import DatasetDemos
 from vla_rl.train.loop import TrainConfig, TrainResult, run_training
 from vla_rl.train.offpolicy import OffPolicyConfig
@@ -60,29 +61,22 @@ def record_demos(recipe: Recipe, path: Path) -> DemoSummary:
 
 
 def _check_same_demos(recipe: Recipe, path: Path) -> None:
-    env = demo_env(recipe.env)
-    kind = {"env": config_to_dict(env), "demos": config_to_dict(recipe.demos)}
-    # what a recording from before an option was had of it
-    before = {"env": config_to_dict(_by_default(env)), "demos": config_to_dict(_by_default(recipe.demos))}
-    for name in ("num_threads", "num_workers", "engine", "device"):
-        kind["env"].pop(name, None)
-    for name in ("num_episodes", "num_envs"):
-        del kind["demos"][name]
+    kind = {"env": demo_env(recipe.env), "demos": recipe.demos}
+    may_change = {"num_threads", "num_workers", "engine", "device", "num_episodes", "num_envs"}
     file = path / "meta" / "recipe.json"
     if file.exists():
         stored = read_json(file)
-        changed = [f"{p}.{n}" for p in kind for n in kind[p] if (before[p] | stored.get(p, {}))[n] != kind[p][n]]
+        changed = [
+            f"{part}.{name}"
+            for part, config in kind.items()
+            for name in changed_options(stored.get(part, {}), config)
+            if name not in may_change
+        ]
         if changed:
             raise DatasetError(f"{path} holds demonstrations with another {', '.join(changed)}; choose another folder")
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(file, kind)
-
-
-def _by_default(config: Any) -> Any:
-    """A config of the same class with its defaults, and `config`'s own values where there are none."""
-    needed = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
-    return type(config)(**{name: getattr(config, name) for name in needed})
+    atomic_write_json(file, {part: config_to_dict(config) for part, config in kind.items()})
 
 
 def fine_tune(
