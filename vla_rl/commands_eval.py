@@ -29,13 +29,15 @@ from vla_rl.evaluation.compare_report import write_comparison
 from vla_rl.evaluation.eval_report import criterion_of, write_eval_report
 from vla_rl.evaluation.harness import describe_precision, run_suite
 from vla_rl.evaluation.journal import JOURNAL_FILE
+from vla_rl.evaluation.methods import MethodsComparison, compare_methods
+from vla_rl.evaluation.methods_report import write_methods_report
 from vla_rl.evaluation.page import Curve
 from vla_rl.evaluation.policies import Actor, Expert, ServedPolicy, StoredPolicy, actor_of
 from vla_rl.evaluation.result import SUMMARY_FILE, EvalResult
 from vla_rl.evaluation.runs_index import write_runs_index
 from vla_rl.evaluation.stopping import StopRule
 from vla_rl.evaluation.suite import Suite, with_fields, with_known_fields
-from vla_rl.evaluation.tables import evaluation_table, latex, markdown, pairs_table, rates_table
+from vla_rl.evaluation.tables import evaluation_table, latex, markdown, methods_table, pairs_table, rates_table
 from vla_rl.evaluation.workers import HarnessConfig
 from vla_rl.real_robot.deploy_config import DeployConfig, TabletopScene
 from vla_rl.serving.config import RemoteConfig, require_serving
@@ -239,12 +241,13 @@ def report_command(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """folders: two or more that `eval` wrote; each is compared with the first. names: one for each of them. criterion:
-    which success counts; default is that of the first one's suite. out: an HTML page, with the videos side by side.
-    curves: run folders with the metrics of the last one's training; several are its seeds. json, markdown, latex:
-    instead of the text. across_suites: pair what different suites share, and label it. fail_under: the rate to reach;
-    exit code 3 where one after the first has the lower end of its interval (fail_on low) or the rate itself (fail_on
-    rate) below it."""
+    """folders: two or more that `eval` wrote; each is compared with the first. names: one for each of them; folders of
+    one name are training runs (seeds) of one method, and methods are compared instead of policies. criterion: which
+    success counts; default is that of the first one's suite. out: an HTML page, with the videos side by side. curves:
+    run folders with the metrics of the last one's training; several are its seeds. json, markdown, latex: instead of
+    the text. across_suites: pair what different suites share, and label it. fail_under: the rate to reach; exit code 3
+    where one after the first has the lower end of its interval (fail_on low) or the rate itself (fail_on rate) below
+    it."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
     names: tuple[str, ...] = ()
@@ -260,33 +263,64 @@ class CompareOptions:
 
 
 def compare_command(argv: list[str]) -> int:
-    """Evaluations of the same episodes: each against the first, and every pair with Holm's correction."""
+    """Evaluations of the same episodes: each against the first, and every pair with Holm's correction. With several
+    training runs of a method: methods against the first one."""
     o: CompareOptions = parse(CompareOptions, argv, "compare")
     names = o.names or _short_names(o.folders)
-    if len(o.folders) < 2 or len(names) != len(o.folders) or len(set(names)) != len(names):
-        raise UsageError("compare: name two folders or more, each with a name of its own (--names A B ...)")
+    if len(set(names)) < 2 or len(names) != len(o.folders) or len({f.resolve() for f in o.folders}) != len(o.folders):
+        raise UsageError(
+            "compare: name two folders or more, each with a name (--names A B ...); one name for several folders says "
+            "that they are training runs of one method"
+        )
     if o.json + o.markdown + o.latex > 1:
         raise UsageError("compare: choose one of --json, --markdown and --latex")
     if o.fail_under is not None and not 0 <= o.fail_under <= 1:
         raise UsageError(f"compare: --fail-under must lie between 0 and 1, got {o.fail_under}; 80% is 0.8")
-    results = {name: (folder, EvalResult.load(folder)) for name, folder in zip(names, o.folders, strict=True)}
-    comparisons = compare_all(
-        {name: result for name, (_, result) in results.items()},
-        criterion=o.criterion or criterion_of(results[names[0]][1]),
-        across_suites=o.across_suites,
-    )
-    print(_printed(comparisons, o))
-    if o.out is not None:
-        curves = (Curve(names[-1], "trained", o.curves),) if o.curves else ()
-        page = write_comparison(
-            o.out, comparisons, results, command=shlex.join(["vla-rl", "compare", *argv]), curves=curves
-        )
+    runs: dict[str, list[tuple[Path, EvalResult]]] = {}
+    for name, folder in zip(names, o.folders, strict=True):
+        runs.setdefault(name, []).append((folder, EvalResult.load(folder)))
+    several = len(runs) < len(names)
+    criterion = o.criterion or criterion_of(runs[names[0]][0][1])
+    command = shlex.join(["vla-rl", "compare", *argv])
+    comparison, page = (_compare_methods if several else _compare_policies)(runs, criterion, command, o)
+    print(_printed(comparison, o))
+    if page is not None:
         print(f"report: {page}", file=sys.stderr)
-    missed = () if o.fail_under is None else comparisons.under(o.fail_under, o.fail_on)
+    missed = () if o.fail_under is None else comparison.under(o.fail_under, o.fail_on)
     for name in missed:
         what = "the lower end of its interval" if o.fail_on == "low" else "its success rate"
         print(f"{name}: {what} is under {o.fail_under:g}", file=sys.stderr)
     return 3 if missed else 0
+
+
+Runs = dict[str, list[tuple[Path, EvalResult]]]
+
+
+def _compare_policies(runs: Runs, criterion: str, command: str, o: CompareOptions) -> tuple[Comparisons, Path | None]:
+    results = {name: only for name, (only,) in runs.items()}
+    comparisons = compare_all(
+        {name: result for name, (_, result) in results.items()}, criterion=criterion, across_suites=o.across_suites
+    )
+    if o.out is None:
+        return comparisons, None
+    return comparisons, write_comparison(o.out, comparisons, results, command=command, curves=_curves(runs, o))
+
+
+def _compare_methods(
+    runs: Runs, criterion: str, command: str, o: CompareOptions
+) -> tuple[MethodsComparison, Path | None]:
+    comparison = compare_methods(
+        {name: [result for _, result in group] for name, group in runs.items()},
+        criterion=criterion,
+        across_suites=o.across_suites,
+    )
+    if o.out is None:
+        return comparison, None
+    return comparison, write_methods_report(o.out, comparison, runs, command=command, curves=_curves(runs, o))
+
+
+def _curves(runs: Runs, o: CompareOptions) -> tuple[Curve, ...]:
+    return (Curve([*runs][-1], "trained", o.curves),) if o.curves else ()
 
 
 def _short_names(folders: tuple[Path, ...]) -> tuple[str, ...]:
@@ -299,13 +333,15 @@ def _short_names(folders: tuple[Path, ...]) -> tuple[str, ...]:
     return tuple(str(folder) for folder in folders)
 
 
-def _printed(comparisons: Comparisons, o: CompareOptions) -> str:
+def _printed(comparison: Comparisons | MethodsComparison, o: CompareOptions) -> str:
     if o.json:
-        return json.dumps(comparisons.as_dict(), indent=2)
+        return json.dumps(comparison.as_dict(), indent=2)
     if o.markdown or o.latex:
         write = markdown if o.markdown else latex
-        return write(rates_table(comparisons)) + "\n" + write(pairs_table(comparisons))
-    return comparisons.format_table()
+        if isinstance(comparison, MethodsComparison):
+            return write(methods_table(comparison))
+        return write(rates_table(comparison)) + "\n" + write(pairs_table(comparison))
+    return comparison.format_table()
 
 
 @dataclass(frozen=True)

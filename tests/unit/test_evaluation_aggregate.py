@@ -10,6 +10,7 @@ from scipy import stats
 
 from vla_rl.evaluation.aggregate import (
     hierarchical_bootstrap,
+    hierarchical_difference,
     interquartile_mean,
     mean_scores,
     outcomes_of,
@@ -138,6 +139,50 @@ def _coverage(num_runs: int, num_tasks: int, num_studies: int, *, tasks_are_samp
 
 def test_hierarchical_bootstrap_covers_the_truth_with_ten_runs():
     assert 0.88 <= _coverage(10, 6, 100, tasks_are_sampled=False) <= 0.99
+
+
+def test_hierarchical_difference_draws_the_same_episodes_for_both_methods():
+    """Episodes that all runs solve or fail alike take no part in the difference, however much they differ."""
+    hard = [[[0.0, 1.0] * 20, [1.0, 0.0, 0.0, 0.0]]] * 3
+    found = hierarchical_difference(hard, hard, num_resamples=200)
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
+    better = [[[1.0] * 40, [1.0] * 4]] * 2
+    found = hierarchical_difference(hard, better, num_resamples=200)
+    assert found.value == pytest.approx((0.5 + 0.75) / 2)
+    assert (found.num_runs, found.num_tasks) == (2, 2)
+    assert 0.3 < found.low < found.value < found.high < 0.95
+    with pytest.raises(ValueError, match="the same episodes"):
+        hierarchical_difference(hard, [[[1.0] * 40, [1.0] * 5]])
+    with pytest.raises(ValueError, match="runs of both"):
+        hierarchical_difference(hard, [])
+
+
+def test_hierarchical_difference_has_the_variance_of_its_levels():
+    first, second = np.array([0.0, 0.2, 0.4, 0.9]), np.array([0.1, 0.3, 0.8])
+    of = [[[[r] * 5] for r in runs] for runs in (first, second)]
+    found = hierarchical_difference(of[0], of[1], num_resamples=6000)
+    expected = 1.96 * math.sqrt(first.var() / 4 + second.var() / 3)
+    assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.1)
+    outcomes = np.random.default_rng(7).random((2, 80)) < [[0.3], [0.6]]  # one run each: episodes in pairs alone
+    paired = hierarchical_difference([[outcomes[0]]], [[outcomes[1]]], num_resamples=6000)
+    theirs = stats.bootstrap(
+        (outcomes[1].astype(float) - outcomes[0],), np.mean, method="percentile", n_resamples=6000,
+        rng=np.random.default_rng(8),
+    ).confidence_interval  # fmt: skip
+    assert (paired.low, paired.high) == (pytest.approx(theirs.low, abs=0.02), pytest.approx(theirs.high, abs=0.02))
+
+
+def test_hierarchical_difference_covers_the_truth_with_ten_runs():
+    rng, hits = np.random.default_rng(9), 0
+    for study in range(100):
+        hardness = rng.normal(size=(1, 25))  # of episodes that both methods play
+        runs = [shift + 0.5 * rng.normal(size=(10, 1)) + hardness for shift in (0.0, 0.7)]
+        outcomes = [(rng.random(logits.shape) < 1 / (1 + np.exp(-logits))).astype(float)[:, None] for logits in runs]
+        many = [shift + 0.5 * rng.normal(size=(1000, 1)) + rng.normal(size=(1, 1000)) for shift in (0.0, 0.7)]
+        truth = np.mean(1 / (1 + np.exp(-many[1]))) - np.mean(1 / (1 + np.exp(-many[0])))
+        found = hierarchical_difference(outcomes[0], outcomes[1], num_resamples=200, seed=study)
+        hits += found.low <= truth <= found.high
+    assert 0.87 <= hits / 100 <= 0.99, hits / 100
 
 
 @pytest.mark.slow

@@ -161,6 +161,39 @@ def hierarchical_bootstrap(
     return Aggregate(float(scores.mean()), float(low), float(high), num_runs, num_tasks, confidence)
 
 
+def hierarchical_difference(
+    first: Outcomes,
+    second: Outcomes,
+    *,
+    num_resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Aggregate:
+    """Mean of `second` minus mean of `first`, two methods whose runs all played the same episodes of the same tasks.
+
+    Means and interval as in `hierarchical_bootstrap`, except that the episodes are drawn once for all runs of both: how
+    hard an episode is takes part in neither side alone. `num_runs` of the result is that of the method with fewer.
+    Raises ValueError where a run lacks a task or an episode of it.
+    """
+    runs = (*first, *second)
+    shape = [len(cell) for cell in runs[0]] if runs else []
+    same = all([len(cell) for cell in run] == shape for run in runs)
+    if not len(first) or not len(second) or not same or 0 in (len(shape), *shape):
+        raise ValueError("expected runs of both methods, with the same tasks and the same episodes of each task")
+    rng = np.random.default_rng(seed)
+    cells = [np.array([run[task] for run in runs], dtype=np.float64) for task in range(len(shape))]  # [R, E] of each
+    means = np.empty((num_resamples, len(runs)))
+    for i in range(num_resamples):
+        means[i] = np.mean([cell[:, rng.integers(cell.shape[1], size=cell.shape[1])].mean(1) for cell in cells], axis=0)
+    sides = []
+    for rows, size in ((means[:, : len(first)], len(first)), (means[:, len(first) :], len(second))):
+        sides.append(np.take_along_axis(rows, rng.integers(size, size=rows.shape), axis=1).mean(axis=1))
+    low, high = _ends(sides[1] - sides[0], confidence)
+    value = mean_scores(second).mean() - mean_scores(first).mean()
+    fewer = min(len(first), len(second))
+    return Aggregate(float(value), float(low), float(high), fewer, len(shape), confidence)
+
+
 def _stratified(scores: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
     """[num_resamples, R, T]: each task's runs drawn again, independently of the other tasks."""
     if num_resamples < 1:

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, in pure Python: bars with intervals and learning curves.
+"""Charts as inline SVG, in pure Python: bars with intervals, training seeds, curves, points.
 
 Colours are CSS classes (`s-baseline`, `s-trained`, ...; see report.css), so the page decides light or dark. Every
 series also differs by a label or a dash pattern, so that no reader depends on colour.
@@ -41,7 +41,7 @@ class Series:
 @dataclass(frozen=True)
 class Point:
     """One point of a scatter chart, a rate against `x` with its interval. `group`: what the legend calls those of one
-    `style`; `label` stands beside the point."""
+    `style`; `label` stands beside the point. `size`: of the mark, from its middle to its edge."""
 
     label: str
     group: str
@@ -50,6 +50,19 @@ class Point:
     x_low: float
     x_high: float
     rate: Rate
+    size: float = 5.0
+
+
+@dataclass(frozen=True)
+class SeedsRow:
+    """The training runs of one method: the success of each, and their `mean` with its interval."""
+
+    label: str
+    style: str
+    seeds: tuple[float, ...]
+    mean: float
+    low: float
+    high: float
 
 
 def bar_chart(bars: Sequence[Bar], title: str) -> str:
@@ -61,14 +74,10 @@ def bar_chart(bars: Sequence[Bar], title: str) -> str:
         return left + value * (right - left)
 
     parts = [_open(height, title, "; ".join(f"{bar.label} {bar.rate}" for bar in bars))]
-    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
-        anchor = "start" if tick == 0 else "end" if tick == 1 else "middle"
-        parts.append(f'<line class="grid" x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="{top}" y2="{height - 20:.1f}"/>')
-        parts.append(_text(at(tick), height - 6, f"{tick:.0%}", "tick", anchor))
+    parts += _share_axis(at, top, height)
     for i, bar in enumerate(bars):
         y = top + row * i
-        name = bar.label if len(bar.label) <= _LABEL else bar.label[: _LABEL - 1].rstrip() + "\u2026"
-        parts.append(_text(left, y + 13, name, "label"))  # the table beside it has the whole name
+        parts.append(_text(left, y + 13, _cut(bar.label), "label"))
         interval = f"{bar.rate.rate:.1%}  [{bar.rate.low:.1%}, {bar.rate.high:.1%}]"
         parts.append(_text(right, y + 13, interval, "value", "end"))
         width = max(1.5, at(bar.rate.rate) - left)
@@ -77,6 +86,27 @@ def bar_chart(bars: Sequence[Bar], title: str) -> str:
             f'<rect class="fill s-{bar.style}" x="{left}" y="{y + 20:.1f}" width="{width:.1f}" height="16" rx="3"/>'
         )
         parts.append(_whisker(at(bar.rate.low), at(bar.rate.high), y + 28))
+    return "".join(parts) + "</svg>"
+
+
+def seeds_chart(rows: Sequence[SeedsRow], title: str) -> str:
+    """A row for each method from 0 to 1: a circle a training run, their mean as a line across with its whiskers."""
+    row, top, left, right = 46.0, 6.0, 8.0, _WIDTH - 12.0
+    height = top + row * len(rows) + 24.0
+
+    def at(value: float) -> float:
+        return left + value * (right - left)
+
+    said = [f"{r.label} {r.mean:.3f} [{r.low:.3f}, {r.high:.3f}], seeds {_listed(r.seeds)}" for r in rows]
+    parts = [_open(height, title, "; ".join(said)), *_share_axis(at, top, height)]
+    for i, r in enumerate(rows):
+        y = top + row * i
+        parts.append(_text(left, y + 13, _cut(r.label), "label"))
+        parts.append(_text(right, y + 13, f"{r.mean:.1%}  [{r.low:.1%}, {r.high:.1%}]", "value", "end"))
+        parts.append(f'<rect class="track" x="{left}" y="{y + 20:.1f}" width="{right - left}" height="16" rx="3"/>')
+        parts.append(_whisker(at(r.low), at(r.high), y + 28))
+        parts += [f'<circle class="dot s-{r.style}" cx="{at(s):.1f}" cy="{y + 28:.1f}" r="4.5"/>' for s in r.seeds]
+        parts.append(f'<path class="whisker" d="M{at(r.mean):.1f} {y + 18:.1f}v20"/>')
     return "".join(parts) + "</svg>"
 
 
@@ -141,44 +171,86 @@ def line_chart(series: Sequence[Series], title: str, *, x_label: str, percent: b
     return "".join(parts) + "</svg>"
 
 
-def scatter_chart(points: Sequence[Point], title: str, *, x_label: str) -> str:
+def scatter_chart(
+    points: Sequence[Point], title: str, *, x_label: str, x_is_rate: bool = False, joined: bool = False
+) -> str:
     """Rates against a number >= 0, with whiskers both ways; groups differ by colour and shape. The upper end is 100%,
-    the lower end what the intervals need.
+    the lower end what the intervals need; so it is across where `x_is_rate`. `joined`: a line goes from the first point
+    through those of each other group in their order.
 
     Raises ValueError without a point.
     """
     if not points:
         raise ValueError(f"scatter_chart: no points for {title!r}")
     left, right, top, bottom = 44.0, _WIDTH - 12.0, 26.0, 212.0
-    ticks = _ticks(0.0, max(point.x_high for point in points) or 1.0, 4)
-    y_ticks = tuple(y for y in _ticks(min(0.99, *(point.rate.low for point in points)), 1.0, 4) if 0.0 <= y <= 1.0)
+    y_ticks = _rate_ticks([point.rate.low for point in points])
+    ticks = (
+        _rate_ticks([p.x_low for p in points]) if x_is_rate else _ticks(0.0, max(p.x_high for p in points) or 1.0, 4)
+    )
 
     def px(x: float) -> float:
-        return left + x / ticks[-1] * (right - left)
+        return left + (x - ticks[0]) / (ticks[-1] - ticks[0]) * (right - left)
 
     def py(y: float) -> float:
         return bottom - (y - y_ticks[0]) / (1.0 - y_ticks[0]) * (bottom - top)
 
-    said = "; ".join(f"{p.group} {p.label} at {_number(p.x)}: {p.rate}" for p in points)
     groups = list(dict.fromkeys((p.group, p.style) for p in points))
-    parts = [_open(bottom + 48 + 18 * len(groups), title, said)]
+    parts = [_open(bottom + 48 + 18 * len(groups), title, "; ".join(_said(p, x_is_rate) for p in points))]
     for tick in y_ticks:
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
         parts.append(_text(left - 6, py(tick) + 4, f"{100 * tick:.3g}%", "tick", "end"))
-    parts += [_text(px(tick), bottom + 16, _number(tick), "tick", "middle") for tick in ticks]
+    names = [f"{100 * tick:.3g}%" if x_is_rate else _number(tick) for tick in ticks]
+    parts += [_text(px(x), bottom + 16, name, "tick", "middle") for x, name in zip(ticks, names, strict=True)]
     parts.append(_text(right, bottom + 32, x_label, "tick", "end"))
+    parts += [
+        _cross((px(p.x_low), px(p.x_high)), (py(p.rate.high), py(p.rate.low)), px(p.x), py(p.rate.rate)) for p in points
+    ]
+    for style in [style for _, style in groups if joined and style != points[0].style]:
+        way = [points[0], *(p for p in points if p.style == style)]
+        parts.append(
+            f'<polyline class="curve s-{style}" points="{_points([(px(p.x), py(p.rate.rate)) for p in way])}"/>'
+        )
     for p in points:
         x, y = px(p.x), py(p.rate.rate)
-        parts.append(_cross((px(p.x_low), px(p.x_high)), (py(p.rate.high), py(p.rate.low)), x, y))
-        parts.append(_mark(x, y, p.style, [style for _, style in groups].index(p.style)))
+        parts.append(_mark(x, y, p.style, [style for _, style in groups].index(p.style), p.size))
         end = x > (left + right) / 2
-        parts.append(_text(x + (-7 if end else 7), y - 7, p.label, "tick", "end" if end else "start"))
+        parts.append(
+            _text(x + (-p.size - 2 if end else p.size + 2), y - p.size - 2, p.label, "tick", "end" if end else "start")
+        )
     for i, (group, style) in enumerate(groups):
         parts += [
-            _mark(left + 4, bottom + 48 + 18 * i, style, i),
+            _mark(left + 4, bottom + 48 + 18 * i, style, i, 5.0),
             _text(left + 16, bottom + 52 + 18 * i, group, "label"),
         ]
     return "".join(parts) + "</svg>"
+
+
+def _rate_ticks(lows: Sequence[float]) -> tuple[float, ...]:
+    """Of an axis of rates that ends at 100% and shows all of `lows`."""
+    return tuple(tick for tick in _ticks(min(0.99, *lows), 1.0, 4) if 0.0 <= tick <= 1.0)
+
+
+def _said(p: Point, x_is_rate: bool) -> str:
+    return f"{p.group} {p.label} at {f'{p.x:.1%}' if x_is_rate else _number(p.x)}: {p.rate}"
+
+
+def _share_axis(at: _Scale, top: float, height: float) -> list[str]:
+    """Grid and numbers of an axis from 0 to 100% below horizontal bars."""
+    parts = []
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        anchor = "start" if tick == 0 else "end" if tick == 1 else "middle"
+        parts.append(f'<line class="grid" x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="{top}" y2="{height - 20:.1f}"/>')
+        parts.append(_text(at(tick), height - 6, f"{tick:.0%}", "tick", anchor))
+    return parts
+
+
+def _cut(label: str) -> str:
+    """What fits of a name; the table beside the chart has all of it."""
+    return label if len(label) <= _LABEL else label[: _LABEL - 1].rstrip() + "\u2026"
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
 
 
 def _cross(across: tuple[float, float], down: tuple[float, float], x: float, y: float) -> str:
@@ -186,16 +258,17 @@ def _cross(across: tuple[float, float], down: tuple[float, float], x: float, y: 
     return f'<path class="halo" d="{path}"/><path class="whisker" d="{path}"/>'
 
 
-def _mark(x: float, y: float, style: str, shape: int) -> str:
-    """A circle, a square, a diamond or a triangle."""
+def _mark(x: float, y: float, style: str, shape: int, size: float) -> str:
+    """A circle, a square, a diamond or a triangle, of about the same area."""
     if shape % 4 == 0:
-        return f'<circle class="dot s-{style}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
+        return f'<circle class="dot s-{style}" cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}"/>'
     corners = {
-        1: ((-4.5, -4.5), (4.5, -4.5), (4.5, 4.5), (-4.5, 4.5)),
-        2: ((0, -6), (6, 0), (0, 6), (-6, 0)),
-        3: ((0, -6), (5.5, 4.5), (-5.5, 4.5)),
+        1: ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
+        2: ((0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)),
+        3: ((0, -1.2), (1.1, 0.9), (-1.1, 0.9)),
     }[shape % 4]
-    return f'<polygon class="dot s-{style}" points="{_points([(x + a, y + b) for a, b in corners])}"/>'
+    ring = [(x + a * size, y + b * size) for a, b in corners]
+    return f'<polygon class="dot s-{style}" points="{_points(ring)}"/>'
 
 
 def _curve(series: Series, px: _Scale, py: _Scale) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+import numpy as np
+
 from vla_rl.evaluation.action_curves import action_curves, read_plan, shared_range
 from vla_rl.evaluation.charts import Bar, bar_chart
 from vla_rl.evaluation.compare import Comparisons, paired_episodes
@@ -32,6 +34,7 @@ from vla_rl.evaluation.page import (
     video_element,
     write_page,
 )
+from vla_rl.evaluation.profiles import profiles_section
 from vla_rl.evaluation.report import is_protocol, verdict_sentence
 from vla_rl.evaluation.result import Episode, EvalResult
 from vla_rl.evaluation.statistics import Difference, Rate
@@ -65,6 +68,7 @@ def write_comparison(
             _bars(comparisons),
             _tests(comparisons),
             _tasks(comparisons),
+            _profiles(comparisons),
             conditions_section({name: result for name, (_, result) in results.items()}, comparisons.criterion, unable),
             _films((names[0], *first), (names[-1], *last), comparisons, budget),
             failure_gallery(
@@ -162,6 +166,14 @@ def _tasks(comparisons: Comparisons) -> str:
         html_table(header, rows, kind="sortable"),
         "Differences in percentage points with their intervals, paired.",
     )
+
+
+def _profiles(comparisons: Comparisons) -> str:
+    """Over the tasks; each policy is a training run of its own."""
+    names, against = comparisons.names, comparisons.against_first
+    scores = {names[0]: np.array([[r.first.rate for r in against[0].per_task.values()]])}
+    scores |= {one.names[1]: np.array([[r.second.rate for r in one.per_task.values()]]) for one in against}
+    return profiles_section(scores, dict(zip(names, STYLES, strict=False)))
 
 
 def _rate(rate: Rate) -> str:

@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vla_rl.evaluation.charts import rate_bar
 from vla_rl.evaluation.conditions_table import conditions_section, must_not_succeed
 from vla_rl.evaluation.gallery import failure_gallery
@@ -20,6 +22,7 @@ from vla_rl.evaluation.page import (
     section,
     write_page,
 )
+from vla_rl.evaluation.profiles import profiles_section
 from vla_rl.evaluation.result import CRITERIA, Episode, EvalResult, Summary
 from vla_rl.evaluation.statistics import Rate
 from vla_rl.evaluation.tables import interval
@@ -56,6 +59,7 @@ def write_eval_report(folder: Path, criterion: str | None = None, media_bytes: i
             protocol_banner(result),
             _verdict(result, nominal, policy_name(result, folder), criterion),
             _tasks(nominal, criterion),
+            _profile(nominal, criterion, policy_name(result, folder)),
             conditions_section({"": result}, criterion, unsupported(result)),
             _timing(result),
             failure_gallery(
@@ -204,6 +208,13 @@ def _tasks(nominal: Sequence[Episode], criterion: str) -> str:
     header = ("task", "success once", "success at end", "episodes", "length", "return")
     hint = "Brackets and whiskers: Wilson intervals. Length in control steps. A click on a column sorts by it."
     return section("By task", html_table(header, rows, kind="sortable"), hint)
+
+
+def _profile(nominal: Sequence[Episode], criterion: str, name: str) -> str:
+    """Over the tasks, where there are several."""
+    per_task = EvalResult(tuple(nominal), {}).per_task.values()
+    scores = np.array([[getattr(summary, criterion).rate for summary in per_task]])
+    return profiles_section({name: scores}, {name: "trained"})
 
 
 def _timing(result: EvalResult) -> str:

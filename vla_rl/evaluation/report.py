@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+import numpy as np
+
 from vla_rl.evaluation.charts import Bar, bar_chart
 from vla_rl.evaluation.compare import Comparison, compare
 from vla_rl.evaluation.page import (
@@ -29,6 +31,7 @@ from vla_rl.evaluation.page import (
     video_element,
     write_page,
 )
+from vla_rl.evaluation.profiles import profiles_section
 from vla_rl.evaluation.result import CRITERIA, EvalResult
 from vla_rl.evaluation.statistics import Rate
 from vla_rl.evaluation.tables import interval, points
@@ -126,6 +129,7 @@ def write_report(path: str | Path, data: ReportData) -> Path:
             _verdict(data, comparison),
             _table(data, comparison),
             bars,
+            _profiles(data),
             _videos(data),
             curves_section(data.curves, data.panels),
             wall_time,
@@ -237,6 +241,16 @@ def _bars(data: ReportData) -> str:
         '<section><h2>Success by task</h2><p class="hint">Whiskers are Wilson intervals of the rates.</p>'
         f'<div class="grid-cards">{charts}</div></section>'
     )
+
+
+def _profiles(data: ReportData) -> str:
+    """Over the tasks, where there are several."""
+    scores = {
+        row.label: np.array([[getattr(s, data.criterion).rate for s in row.result.per_task.values()]])
+        for row in data.rows
+    }
+    first = {row.role: row.label for row in reversed(data.rows)}  # two curves of one role would look alike
+    return profiles_section(scores, {label: role for role, label in first.items()})
 
 
 def _videos(data: ReportData) -> str:

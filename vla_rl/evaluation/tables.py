@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vla_rl.evaluation.compare import Comparisons, PairedRates
+from vla_rl.evaluation.methods import MethodsComparison
 from vla_rl.evaluation.result import EvalResult, Summary
 from vla_rl.evaluation.statistics import Difference, Rate
 
@@ -103,6 +104,25 @@ def pairs_table(comparisons: Comparisons) -> Table:
         f"tests, and Holm's correction over {len(rows)} test{'s' if len(rows) > 1 else ''}."
     )
     return Table(caption, ("pair", "n", "difference", "interval", "p", "p (Holm)"), rows)
+
+
+def methods_table(comparison: MethodsComparison) -> Table:
+    """One row for each method: training runs, mean and interquartile mean, and the difference from the first."""
+    differences = {one.second: one.difference for one in comparison.against_first}
+    rows = []
+    for m in comparison.methods:
+        d = differences.get(m.name)
+        change = "" if d is None else f"{points(d.value)} [{points(d.low)}, {points(d.high)}]"
+        mean, iqm = (f"{percent(a.value)} [{percent(a.low)}, {percent(a.high)}]" for a in (m.mean, m.iqm))
+        rows.append((m.name, str(len(m.runs)), mean, iqm, change))
+    num_tasks = len(comparison.tasks)
+    caption = (
+        f"Mean success over training runs and {num_tasks} task{'s' if num_tasks > 1 else ''} "
+        f"({comparison.num_episodes} episodes a run), interquartile mean, and difference from {comparison.names[0]} in "
+        f"percentage points. Bootstrap intervals at {comparison.confidence:.0%}, those of the differences together "
+        "(Bonferroni)."
+    )
+    return Table(caption, ("", "runs", "mean", "IQM", "difference"), tuple(rows))
 
 
 def percent(share: float) -> str:
