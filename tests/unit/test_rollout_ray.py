@@ -112,7 +112,7 @@ def test_the_same_transitions_as_in_one_process_through_deaths(many):
         if window == 2:
             os.kill(many.worker_pids()[1], signal.SIGKILL)
         if window == 3:
-            killer = threading.Timer(0.002, ray.kill, [many._workers[0]])
+            killer = threading.Timer(0.002, ray.kill, [many.windows.workers[0]])
             killer.start()
         a, b = one.collect(5), many.collect(5)
         if window == 3:
@@ -124,7 +124,7 @@ def test_the_same_transitions_as_in_one_process_through_deaths(many):
     assert many.metrics()["rollout/worker_restarts"] == 2.0
     assert many.metrics()["rollout/worker_lost_episodes"] == 0.0  # they were collected again, decision by decision
     assert many.metrics()["rollout/staleness"] == 0.0
-    assert many.num_in_flight == 0
+    assert many.windows.num_in_flight == 0
     with pytest.raises(ValueError, match="of rollouts by one process, here are 2 workers"):
         many.load_state_dict(one.state_dict())
 
@@ -152,12 +152,12 @@ def test_asynchronous_windows_are_of_the_policy_as_it_was_and_a_restored_state_g
     sampler = copy.deepcopy(many._sampler)
     parts = slices_from(many.state_dict()["workers"], sampler)
     first = many.policy_version
-    many.config = dataclasses.replace(TWO, max_staleness=1)
+    many.windows.config = dataclasses.replace(TWO, max_staleness=1)
     weights = [copy.deepcopy(sampler.policy.state_dict())]
     batches = []
     for window in range(5):
         batch = many.collect(3)
-        assert many.num_in_flight == 1  # never more than max_staleness
+        assert many.windows.num_in_flight == 1  # never more than max_staleness
         version = max(window - 1, 0)
         sampler.policy.load_state_dict(weights[version])
         for part in parts:
@@ -326,7 +326,7 @@ def test_a_machine_that_dies_changes_nothing():
             cluster.remove_node(machine, allow_graceful=False)
             cluster.add_node(num_cpus=1, resources={"simulator": 1})
         assert_same(one.collect(3), many.collect(3))
-        assert many.num_in_flight <= 2
+        assert many.windows.num_in_flight <= 2
     assert many.metrics()["rollout/worker_restarts"] >= 1.0
     assert many.metrics()["rollout/worker_lost_episodes"] == 0.0
     many.close()

@@ -247,6 +247,7 @@ class ReplayBuffer:
             getattr(rows, name)[first + t] = 0
         rows.reward[steps], rows.actions[steps], rows.proposals[steps] = rewards, actions, columns["proposals"][0]
         rows.source[steps] = np.asarray(source)
+        rows.policy_version[whole] = -1
         rows.terminated[whole] = rows.truncated[whole] = rows.featured[whole] = False
         rows.terminated[first + t - 1], rows.truncated[first + t - 1] = terminated, truncated
         rows.step[whole] = np.arange(t + 1)
@@ -526,6 +527,9 @@ class ReplayBuffer:
         fresh, capacity = len(state["ring"]["end"]), self.config.capacity
         self.rows.free(0, capacity)
         for name, array in self.rows.columns().items():
+            if name == "policy_version" and name not in state["ring"]:  # a state from before there was this column
+                array[:] = -1
+                continue
             array[:fresh] = state["ring"][name].numpy()
             array[capacity:] = state["running"][name].numpy()
         self.running_steps[:] = state["running_steps"].numpy()

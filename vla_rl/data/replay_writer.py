@@ -35,6 +35,7 @@ class EpisodeWriter:
         *,
         proposals: Tensor | None = None,
         source: int | np.ndarray = Source.POLICY,
+        policy_version: int = -1,
         features: np.ndarray | None = None,
         encoder_version: str | None = None,
     ) -> np.ndarray:
@@ -43,8 +44,9 @@ class EpisodeWriter:
         With K = 1 every step has an observation; with K > 1 only decision points have, and starts and successors are
         taken from them. Steps that `step.executed` denies are no steps: a person's steps count if the caller puts their
         actions, rewards and `executed` there, with `source [N, K]` HUMAN and what the policy wanted in `proposals`
-        (default: `actions` before clamping). `features [N, F]` of `obs` by the encoder `encoder_version`, where the
-        policy has them anyway. Returns the environments whose episode moved into the ring, int64.
+        (default: `actions` before clamping). `policy_version`: how many updates the policy had seen. `features [N, F]`
+        of `obs` by the encoder `encoder_version`, where the policy has them anyway. Returns the environments whose
+        episode moved into the ring, int64.
 
         Raises ValueError where `obs` is not the successor of an environment's last step (a reset from outside: call
         `cut` before), and where an episode exceeds the buffer's `max_episode_steps`.
@@ -69,6 +71,7 @@ class EpisodeWriter:
             at = self._slots[envs] + buffer.running_steps[envs]
             rows.actions[at], rows.proposals[at] = done[envs, i], wanted[envs, i]
             rows.reward[at], rows.source[at] = rewards[envs, i], who[envs, i]
+            rows.policy_version[at] = policy_version
             buffer.running_steps[envs] += 1
             self._clear(at + 1)
         self._finish(step, moved)
@@ -136,7 +139,7 @@ class EpisodeWriter:
         rows = self.buffer.rows
         rows.obs[at] = rows.actions[at] = rows.proposals[at] = 0
         rows.reward[at] = rows.source[at] = 0
-        rows.mc_return[at] = -np.inf
+        rows.mc_return[at], rows.policy_version[at] = -np.inf, -1
         rows.terminated[at] = rows.truncated[at] = rows.success[at] = rows.observed[at] = rows.featured[at] = False
 
     def _observe(self, at: np.ndarray, obs: Observation, envs: np.ndarray) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
+import jax
 import numpy as np
 import torch
 from torch import Tensor
@@ -43,6 +45,25 @@ class AgentLearner:
         """Uniform chunks [N, H, A] within the bounds."""
         uniform = torch.rand(num_envs, *self._chunk, generator=self._generator)
         return self.policy.action_normalizer.unnormalize(2.0 * uniform - 1.0)
+
+    def seed_exploration(self, seed: int) -> None:
+        """Decides what `explore` and `random` draw from now on."""
+        self._generator.manual_seed(seed)
+
+    def acting_copy(self) -> Self:
+        """A copy on the CPU, to act with in another process."""
+        there = copy.deepcopy(self)
+        there.policy.to("cpu")
+        return there
+
+    def acting_weights(self) -> list[Tensor]:
+        """What acting depends on and learning changes, on the CPU."""
+        return [torch.from_numpy(np.array(x)) for x in jax.tree.leaves(self.policy.deployed_state.params)]
+
+    def act_with(self, weights: Sequence[Tensor]) -> None:
+        """Act with the `acting_weights` of another learner of the same build."""
+        structure = jax.tree.structure(self.policy.deployed_state.params)
+        self.policy.take(self.state._replace(params=jax.tree.unflatten(structure, [x.numpy() for x in weights])))
 
     def prepare(self, buffer: ReplayBuffer) -> None:
         """Nothing: the state is all that the agent sees."""

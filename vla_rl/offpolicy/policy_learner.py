@@ -10,10 +10,10 @@ beyond them would never be stored, so nothing would correct a critic that took i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +112,34 @@ class PolicyLearner:
         """Uniform chunks within the action's bounds."""
         uniform = torch.rand(num_envs, self.horizon, self.policy.action_dim, generator=self._generator)
         return self._bounds.unnormalize((2.0 * uniform - 1.0).to(self._trained[0].device))
+
+    def seed_exploration(self, seed: int) -> None:
+        """Decides what `explore` and `random` draw from now on."""
+        self._generator.manual_seed(seed)
+        self._key = jax.random.key(seed)
+
+    def acting_copy(self) -> Self:
+        """A copy on the CPU, to act with in another process."""
+        there = deepcopy(self)
+        there.policy.to("cpu")
+        there._bounds = there._bounds.to("cpu")
+        return there
+
+    def acting_weights(self) -> list[Tensor]:
+        """What acting depends on and learning changes: of the critic, where it improves what is done."""
+        critic = jax.tree.leaves(self.state.params["critic"]) if self.config.explore_improved else []
+        return [*(p.detach() for p in self._trained), *(torch.from_numpy(np.array(x)) for x in critic)]
+
+    @torch.no_grad()
+    def act_with(self, weights: Sequence[Tensor]) -> None:
+        """Act with the `acting_weights` of another learner of the same build."""
+        for parameter, values in zip(self._trained, weights, strict=False):  # the critic's come after
+            parameter.copy_(values)
+        critic = [jnp.asarray(x.numpy()) for x in weights[len(self._trained) :]]
+        if critic:
+            params = self.state.params
+            own = jax.tree.unflatten(jax.tree.structure(params["critic"]), critic)
+            self.state = self.state._replace(params={**params, "critic": own})
 
     def publish(self) -> None:
         """Nothing: the policy that acts is the one that learns."""

@@ -9,12 +9,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from vla_rl.core import ChunkStep, Observation
 from vla_rl.flow.sampler import GaussianTrace
 from vla_rl.flow.trace import FlowTrace
 from vla_rl.onpolicy.fpo import FPOTrace
 from vla_rl.onpolicy.tokens import TokenTrace
 from vla_rl.protocols import PolicyInputs, Prefix, PrefixKV
 from vla_rl.rollout.collector import EpisodeStats, RolloutBatch
+from vla_rl.rollout.replay_actor import ReplayWindow
 
 T = TypeVar("T")
 _KINDS = {
@@ -22,6 +24,9 @@ _KINDS = {
     for k in (
         RolloutBatch,
         EpisodeStats,
+        ReplayWindow,
+        Observation,
+        ChunkStep,
         Prefix,
         PrefixKV,
         PolicyInputs,

@@ -22,7 +22,8 @@ class RolloutConfig:
 
     `policy_batch_size`: see `RolloutCollector`; with it the transitions are the same bit for bit whatever `workers` is,
     without it to rounding. `max_staleness`: how many updates the policy that collects may be behind the one that
-    learns. With 0 collection and update take turns; with more, so many rollouts are collected during the update (PPO).
+    learns. With 0 collection and update take turns; with more, so many rollouts are collected during the update (PPO,
+    and learning from replay, where a rollout is an iteration and the actors' policy is renewed with the next).
 
     `inference`: "worker" runs a copy of the policy in every worker; with "shared" the workers only simulate, and one
     actor more (`cpus_for_inference`, `gpus_for_inference`) runs the policy on the observations of all of them.

@@ -95,7 +95,7 @@ class RaySimulators:
         actions = actions.cpu()
         parts: list[ChunkStep] = self._tell("step", [(actions[s.start : s.stop].clone(),) for s in self._slices])
         self._seen = [part.obs for part in parts]
-        return _join_steps(parts, [s.start for s in self._slices])
+        return join_steps(parts, [s.start for s in self._slices])
 
     def state_dict(self) -> dict[str, Any]:
         self._states = self._tell("state_dict", [()] * len(self._slices))
@@ -189,7 +189,7 @@ def _to_cpu(x: Tensor) -> Tensor:
     return x.cpu()
 
 
-def _join_steps(parts: Sequence[ChunkStep], starts: Sequence[int]) -> ChunkStep:
+def join_steps(parts: Sequence[ChunkStep], starts: Sequence[int]) -> ChunkStep:
     """The step of all environments from those of slices that begin at `starts`."""
     final_obs = [part.final_obs for part in parts if part.final_obs is not None]
 
@@ -211,4 +211,4 @@ def _join_steps(parts: Sequence[ChunkStep], starts: Sequence[int]) -> ChunkStep:
     )
 
 
-__all__ = ["DIED", "MAX_DEATHS", "MakeEnv", "RaySimulators"]
+__all__ = ["DIED", "MAX_DEATHS", "MakeEnv", "RaySimulators", "join_steps"]

@@ -59,15 +59,28 @@ def weights_of(sampler: ChunkSampler) -> Weights:
 
     Layers that learners divide are made whole, one tensor after the other; then all learners call it together.
     """
-    return [whole_state(p).cpu().contiguous().flatten().view(torch.uint8).numpy().copy() for p in _changing(sampler)]
+    return [to_bytes(whole_state(p)) for p in _changing(sampler)]
 
 
 @torch.no_grad()
 def load_weights(sampler: ChunkSampler, weights: Weights) -> None:
     """What `weights_of` read from another sampler of the same build."""
-    for parameter, stored in zip(_changing(sampler), weights, strict=True):
-        values = torch.from_numpy(stored.copy()).view(parameter.dtype)  # Ray's memory is read-only
-        parameter.copy_(values.view_as(parameter))
+    parameters = _changing(sampler)
+    for parameter, values in zip(parameters, from_bytes(weights, parameters), strict=True):
+        parameter.copy_(values)
+
+
+def to_bytes(tensor: Tensor) -> np.ndarray:
+    """A copy that Ray need not pickle, of any type."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().copy()
+
+
+def from_bytes(weights: Weights, like: Sequence[Tensor]) -> list[Tensor]:
+    """What `to_bytes` was given, on the CPU: of the types and shapes of `like`."""
+    return [
+        torch.from_numpy(stored.copy()).view(tensor.dtype).view(tensor.shape)  # Ray's memory is read-only
+        for stored, tensor in zip(weights, like, strict=True)
+    ]
 
 
 class RolloutWorker:
@@ -126,4 +139,14 @@ class RolloutWorker:
         return 0 if self._simulators is None else self._simulators.num_restarts
 
 
-__all__ = ["MakeEnv", "Request", "RolloutWorker", "WorkerOptions", "load_weights", "weights_of"]
+__all__ = [
+    "MakeEnv",
+    "Request",
+    "RolloutWorker",
+    "Weights",
+    "WorkerOptions",
+    "from_bytes",
+    "load_weights",
+    "to_bytes",
+    "weights_of",
+]

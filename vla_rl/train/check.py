@@ -74,8 +74,7 @@ def check_recipe(recipe: Recipe, *, stored_policy: bool = False) -> None:
     elif not recipe.fine_tunes and not recipe.adaptation.is_off:
         raise ValueError("adaptation is for a policy that is fine-tuned, this recipe trains an agent of its own")
     if isinstance(train, OffPolicyConfig):
-        if recipe.rollout != RolloutConfig():
-            raise ValueError("rollout.* is for on-policy learning, and this recipe learns from replay; leave it out")
+        check_replay_rollout(recipe.rollout, train)
         if not recipe.fine_tunes:
             check_stages(train, env.spec, None)
         return
@@ -86,6 +85,20 @@ def check_recipe(recipe: Recipe, *, stored_policy: bool = False) -> None:
         recipe.rollout.slices(train.num_envs)
     if recipe.rollout.max_staleness and isinstance(train.algorithm, GRPOConfig):
         raise ValueError("rollout.max_staleness is for PPO: GRPO collects whole episodes for each update; set it to 0")
+
+
+def check_replay_rollout(rollout: RolloutConfig, train: OffPolicyConfig) -> None:
+    """Raise ValueError where learning from replay has no use for `rollout`."""
+    if rollout == RolloutConfig():
+        return
+    if train.online is None:
+        raise ValueError("rollout.*: this recipe learns offline alone, nobody collects; leave it out")
+    if rollout.policy_batch_size is not None or rollout.is_shared:
+        raise ValueError(
+            "rollout.policy_batch_size and rollout.inference are for on-policy learning, and this recipe learns from "
+            "replay; leave them out"
+        )
+    rollout.slices(train.online.num_envs)
 
 
 def check_policy(recipe: Recipe, policy: Any, spec: EnvSpec) -> None:
@@ -109,4 +122,4 @@ def check_policy(recipe: Recipe, policy: Any, spec: EnvSpec) -> None:
     build_learner(sampler, without_demos, step_weighting=train.step_weighting)
 
 
-__all__ = ["check_policy", "check_recipe", "device_named", "device_of"]
+__all__ = ["check_policy", "check_recipe", "check_replay_rollout", "device_named", "device_of"]

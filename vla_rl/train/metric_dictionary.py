@@ -294,6 +294,12 @@ RAY: tuple[Metric, ...] = (
     Metric(
         ("rollout/staleness",), "updates that the oldest decision of the window is behind", "at most `max_staleness`"
     ),
+    Metric(
+        ("rollout/staleness_mean",),
+        "learning from replay: versions (iterations) that the policy which acted was behind when its steps came "
+        "in, mean over the windows; `rollout/staleness` is the largest",
+        "at most `max_staleness`",
+    ),
     Metric(("rollout/worker_restarts",), "workers that died and were started again, so far", "0"),
     Metric(("rollout/worker_lost_episodes",), "running episodes that they took along, so far", "0"),
 )

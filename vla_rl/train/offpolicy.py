@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from vla_rl.core import EnvSpec, Observation
+from vla_rl.core import EnvSpec
 from vla_rl.data.replay import ReplayBatch, ReplayBuffer, ReplayConfig
 from vla_rl.data.replay_mixing import MixedReplay
 from vla_rl.data.replay_writer import EpisodeWriter
@@ -26,6 +24,14 @@ from vla_rl.offpolicy.policy_learner import PolicyLearnerConfig
 from vla_rl.offpolicy.wsrl import CarryOver
 from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.policies.checkpoints.native import save_policy
+from vla_rl.rollout.replay_actor import (
+    Explorer,
+    LocalReplayCollector,
+    Pace,
+    ReplayActor,
+    ReplayCollector,
+    Round,
+)
 from vla_rl.train.checkpoint import load_state, require_same_config, save_state
 from vla_rl.train.loop import POLICY_FOLDER, STATE_FILE
 from vla_rl.train.metrics import Metrics
@@ -33,19 +39,11 @@ from vla_rl.train.metrics import Metrics
 MAY_CHANGE = ("num_updates", "num_env_steps", "eval_interval", "checkpoint_interval")  # across a resume
 
 
-class ReplayLearner(Protocol):
+class ReplayLearner(Explorer, Protocol):
     """What the trainers ask of a learner: an agent of its own (`AgentLearner`), one that steers a frozen torch policy
     (`SteeredLearner`), or a torch policy that learns itself (`PolicyLearner`)."""
 
-    horizon: int
     needs_prefixes: bool
-    policy: nn.Module
-
-    def explore(self, obs: Observation) -> Tensor:
-        """Chunks [N, H, A] in the environment's units."""
-        ...
-
-    def random(self, num_envs: int) -> Tensor: ...
 
     def prepare(self, buffer: ReplayBuffer) -> None:
         """Called before sampling from `buffer`: features that are missing."""
@@ -143,6 +141,17 @@ class OnlineConfig:
     @property
     def num_iterations(self) -> int:
         return self.num_env_steps // self.env_steps_per_iteration
+
+    @property
+    def pace(self) -> Pace:
+        """How whoever acts does."""
+        steps = 1 if self.observe_every_step else self.execution_horizon
+        return Pace(self.execution_horizon, steps, self.random_env_steps, self.num_envs)
+
+    @property
+    def env_seeds(self) -> list[int]:
+        """One an environment."""
+        return [self.seed * 10**6 + i for i in range(self.num_envs)]
 
     @property
     def needs_offline_data(self) -> bool:
@@ -285,15 +294,16 @@ class OfflineTrainer:
 
 
 class OnlineTrainer:
-    """A learner that acts in `env` (with auto-reset) and learns from what it stored in `buffer`.
+    """A learner that learns from what was done with it and stored in `buffer`.
 
-    `offline`: data to mix in, where `offline_ratio` is above 0. `env_seeds`: one an environment.
+    `env` (with auto-reset): it acts there itself; or who acts for it. `offline`: data to mix in, where `offline_ratio`
+    is above 0.
     """
 
     def __init__(
         self,
         learner: ReplayLearner,
-        env: ChunkedEnv,
+        env: ChunkedEnv | ReplayCollector,
         buffer: ReplayBuffer,
         config: OnlineConfig,
         offline: ReplayBuffer | None = None,
@@ -304,13 +314,14 @@ class OnlineTrainer:
                 f"offline_ratio is {config.offline_ratio}: give offline data where it is above 0, only then"
             )
         self.learner, self.config, self.spec = learner, config, env.spec
-        self._env, self._buffer, self._offline = env, buffer, offline
+        if isinstance(env, ReplayCollector):
+            self._collector: ReplayCollector = env
+        else:
+            self._collector = LocalReplayCollector(ReplayActor(env, learner, config.pace, config.env_seeds))
+        self._buffer, self._offline = buffer, offline
         self._replay = buffer if offline is None else MixedReplay(buffer, offline, config.offline_ratio)
         self._writer = EpisodeWriter(buffer, env.spec.action)
         self._rng = np.random.default_rng(config.seed)
-        self._obs: Observation | None = None
-        self._plan: Tensor | None = None
-        self._phase = torch.full((env.num_envs,), learner.horizon)  # executed steps of the plan; all: decide anew
         self._episodes: list[tuple[bool, float, int]] = []  # success, return, length of those of this iteration
         self._update_credit = 0.0
         self.num_env_steps = self.num_iterations = 0
@@ -321,35 +332,19 @@ class OnlineTrainer:
         """`env_steps_per_iteration` control steps, with the updates that belong to them."""
         self._episodes = []
         metrics: Mapping[str, Any] = {}
-        goal = (self.num_iterations + 1) * self.config.env_steps_per_iteration
-        while self.num_env_steps < goal:
-            before = self.num_env_steps
-            self._act()
-            metrics = self._learn(self.num_env_steps - before) or metrics
+        steps_of_round = self.config.num_envs * self.config.pace.steps_per_round
+        for done in self._collector.rounds(self.config.env_steps_per_iteration // steps_of_round):
+            self._store(done)
+            self.num_env_steps += steps_of_round
+            metrics = self._learn(steps_of_round) or metrics
         self.learner.publish()
         self.num_iterations += 1
-        return self._rollout_metrics() | _numbers("update", metrics)
+        return self._rollout_metrics() | self._collector.metrics() | _numbers("update", metrics)
 
-    def _act(self) -> None:
-        """One round: a control step (or a chunk) of every environment."""
-        config = self.config
-        if self._obs is None:
-            self._obs = self._env.reset([config.seed * 10**6 + i for i in range(self._env.num_envs)])
-        decides = self._phase >= config.execution_horizon
-        if bool(decides.any()):
-            is_random = self.num_env_steps < config.random_env_steps
-            chunks = self.learner.random(len(decides)) if is_random else self.learner.explore(self._obs)
-            self._plan = chunks if self._plan is None else torch.where(decides[:, None, None], chunks, self._plan)
-            self._phase = torch.where(decides, 0, self._phase)
-        k = 1 if config.observe_every_step else config.execution_horizon
-        steps = self._phase[:, None] + torch.arange(k)
-        assert self._plan is not None
-        actions = self._plan[torch.arange(len(steps))[:, None], steps]
-        step = self._env.step(actions)
-        moved = self._writer.add(self._obs, actions, step)
-        self._obs = step.obs
-        self._phase = torch.where(step.ended, self.learner.horizon, self._phase + k)
-        self.num_env_steps += len(steps) * k  # an episode's end inside a chunk costs the rest of the chunk
+    def _store(self, done: Round) -> None:
+        if done.lost is not None:
+            self._writer.cut(done.lost.nonzero().flatten().tolist())
+        moved = self._writer.add(done.obs, done.actions, done.step, policy_version=done.policy_version)
         self._episodes += self._buffer.last_episodes(len(moved))
 
     def _learn(self, new_env_steps: int) -> Mapping[str, Any] | None:
@@ -373,6 +368,7 @@ class OnlineTrainer:
             self._update_credit -= 1.0
         if metrics is not None:
             self.learner.publish()
+            self._collector.learned()
         return metrics
 
     def _rollout_metrics(self) -> Metrics:
@@ -393,11 +389,8 @@ class OnlineTrainer:
             self,
             run_dir,
             {
-                "env": self._env.state_dict(),
+                **self._collector.state_dict(),
                 "buffer": self._buffer.state_dict(),
-                "obs": None if self._obs is None else _plain(self._obs),
-                "plan": self._plan,
-                "phase": self._phase,
                 "update_credit": self._update_credit,
                 "num_env_steps": self.num_env_steps,
             },
@@ -406,11 +399,8 @@ class OnlineTrainer:
     def load(self, run_dir: Path) -> None:
         """Go on from `run_dir`. Raises CheckpointError where the stored run has another configuration."""
         state = _load(self, run_dir)
-        self._env.load_state_dict(state["env"])
+        self._collector.load_state_dict(state)
         self._buffer.load_state_dict(state["buffer"])
-        obs = state["obs"]
-        self._obs = None if obs is None else Observation(obs["images"], obs["state"], tuple(obs["instruction"]))
-        self._plan, self._phase = state["plan"], state["phase"]
         self._update_credit, self.num_env_steps = state["update_credit"], state["num_env_steps"]
 
 
@@ -435,10 +425,6 @@ def _load(trainer: OfflineTrainer | OnlineTrainer, run_dir: Path) -> dict[str, A
     trainer._rng.bit_generator.state = state["rng"]
     trainer.num_iterations = int(state["num_iterations"])
     return state
-
-
-def _plain(obs: Observation) -> dict[str, Any]:
-    return {"images": dict(obs.images), "state": obs.state, "instruction": list(obs.instruction)}
 
 
 def _numbers(group: str, metrics: Mapping[str, Any]) -> Metrics:

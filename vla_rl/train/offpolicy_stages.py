@@ -27,9 +27,10 @@ from vla_rl.offpolicy.wsrl import carry_over
 from vla_rl.policies.agent import AgentPolicy, AgentPolicyConfig
 from vla_rl.policies.checkpoints.native import save_policy
 from vla_rl.policies.steered import SteeredPolicy, SteeredPolicyConfig, require_steerable
+from vla_rl.rollout.ray_config import RolloutConfig
 from vla_rl.train.checkpoint import load_state
 from vla_rl.train.loop import POLICY_FOLDER, STATE_FILE, TrainResult, run_iterations
-from vla_rl.train.offpolicy import OfflineTrainer, OffPolicyConfig, OnlineTrainer, online_buffer
+from vla_rl.train.offpolicy import OfflineTrainer, OffPolicyConfig, OnlineConfig, OnlineTrainer, online_buffer
 
 CLONING_FOLDER, OFFLINE_FOLDER, ONLINE_FOLDER = "cloning", "offline", "online"
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
@@ -109,18 +110,20 @@ def reinforce_from_replay(
     dataset_path: Path | None,
     resume: bool,
     evaluate: Evaluate | None = None,
+    rollout: RolloutConfig | None = None,
 ) -> TrainResult:
     """All stages of `config`; at the end the policy lies in `run_dir/policy`.
 
     `make_env(n)`: n environments with auto-reset. `policy(spec)`: a fresh copy of the one to improve, which must be for
     environments of `spec`. `dataset_path`: demonstrations, which the offline stage and `offline_ratio` need.
-    `evaluate(policy)`: metrics for the curve.
+    `evaluate(policy)`: metrics for the curve. `rollout`: who acts online; its workers build environments of their own.
 
     After Ctrl-C in a stage the result is not finished where another follows, even if it came in the last iteration.
     """
-    env = make_env(1 if config.online is None else config.online.num_envs)
+    rollout = rollout or RolloutConfig()
+    env = make_env(1 if config.online is None or rollout.workers else config.online.num_envs)
     try:
-        stages = _Stages(config, env, run_dir, policy, dataset_path, resume, evaluate)
+        stages = _Stages(config, env, run_dir, policy, dataset_path, resume, evaluate, make_env, rollout)
         result = stages.run()
     finally:
         env.close()
@@ -128,6 +131,19 @@ def reinforce_from_replay(
         return result
     save_policy(stages.learner.policy, run_dir / POLICY_FOLDER, spec=env.spec)
     return replace(result, policy_folder=run_dir / POLICY_FOLDER)
+
+
+def ray_collector(
+    make_env: Callable[[int], ChunkedEnv], learner: Any, config: OnlineConfig, rollout: RolloutConfig
+) -> Any:
+    """A `RayReplayCollector` for `config`. Raises ValueError where Ray is not installed, or has no room."""
+    try:
+        from vla_rl.rollout.ray_replay import RayReplayCollector
+    except ModuleNotFoundError as error:
+        raise ValueError("rollout.workers needs Ray: pip install 'vla-rl[ray]'") from error
+    return RayReplayCollector(
+        make_env, learner, config.pace, env_seeds=config.env_seeds, seed=config.seed, config=rollout
+    )
 
 
 class _Stages:
@@ -140,8 +156,11 @@ class _Stages:
         dataset_path: Path | None,
         resume: bool,
         evaluate: Evaluate | None,
+        make_env: Callable[[int], ChunkedEnv],
+        rollout: RolloutConfig,
     ) -> None:
         self.config, self.env, self.run_dir, self.resume = config, env, run_dir, resume
+        self._make_env, self._rollout = make_env, rollout
         self._policy, self._evaluate = policy, evaluate
         needs_data = config.offline is not None or (config.online is not None and config.online.needs_offline_data)
         if needs_data and dataset_path is None:
@@ -225,14 +244,14 @@ class _Stages:
         if config.offline_in_buffer:
             assert self._dataset is not None
             add_lerobot(buffer, self._dataset)
-        trainer = OnlineTrainer(
-            self.learner,
-            self.env,
-            buffer,
-            config,
-            self._demo_buffer() if config.offline_ratio > 0.0 else None,
-        )
-        return self._run(trainer, ONLINE_FOLDER, config)
+        data = self._demo_buffer() if config.offline_ratio > 0.0 else None
+        if not self._rollout.workers:
+            return self._run(OnlineTrainer(self.learner, self.env, buffer, config, data), ONLINE_FOLDER, config)
+        collector = ray_collector(self._make_env, self.learner, config, self._rollout)
+        try:
+            return self._run(OnlineTrainer(self.learner, collector, buffer, config, data), ONLINE_FOLDER, config)
+        finally:
+            collector.close()
 
     def _run(self, trainer: Any, folder: str, schedule: Any) -> TrainResult:
         return run_iterations(
@@ -252,5 +271,6 @@ __all__ = [
     "build_learner",
     "check_stages",
     "demo_buffer",
+    "ray_collector",
     "reinforce_from_replay",
 ]

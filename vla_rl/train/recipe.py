@@ -74,7 +74,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """`train`: on-policy, or from replay. `rollout`: who collects for on-policy learning. `policy`: sizes left at 0 are
+    """`train`: on-policy, or from replay. `rollout`: who collects. `policy`: sizes left at 0 are
     the environment's. `adaptation`: what of the policy is trained, in fine-tuning and on-policy learning; of the latter
     with `train.freeze_encoder`, what concerns the expert. `state_normalization`, `action_normalization`: from the
     statistics of the demonstrations.
