@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vla_rl.envs.config import AnyEnvConfig, EnvConfig, PointMazeConfig
+from vla_rl.envs.config import AnyEnvConfig, EnvConfig, PerturbedConfig, PointMazeConfig
 from vla_rl.envs.gym import FunctionExpert, FunctionExpertConfig, GymConfig
 from vla_rl.envs.ogbench import OGBenchConfig
 from vla_rl.envs.ogbench_expert import CubeOracle, CubeOracleConfig
@@ -29,6 +29,8 @@ def make_expert(env: ChunkedEnv, config: AnyExpertConfig) -> AnyExpert:
 def best_expert(env: AnyEnvConfig) -> AnyExpertConfig:
     """The expert of an environment, without clumsiness. Raises ValueError for a Gymnasium environment, whose expert is
     a function that somebody has to name."""
+    if isinstance(env, PerturbedConfig):
+        return best_expert(env.env)
     if isinstance(env, GymConfig):
         raise ValueError(
             f"{env.task} has no scripted expert; name a function of your own as the policy, module:function"

@@ -17,6 +17,7 @@ from vla_rl.envs.config import (
     demo_env,
     without_cameras,
 )
+from vla_rl.envs.experts import best_expert, make_expert
 from vla_rl.envs.gym import GymConfig
 from vla_rl.envs.libero import LiberoConfig
 from vla_rl.envs.libero_sentences import SENTENCES, other_sentence
@@ -24,7 +25,6 @@ from vla_rl.envs.maniskill import ManiSkillConfig
 from vla_rl.envs.metaworld import MetaworldConfig
 from vla_rl.envs.ogbench import OGBenchConfig
 from vla_rl.envs.perturbed import Perturbation, PerturbedEnv
-from vla_rl.envs.point_maze import WaypointExpert
 from vla_rl.envs.robosuite import RobosuiteConfig
 from vla_rl.envs.tabletop import TabletopConfig, TabletopEnv
 from vla_rl.evaluation.conditions import AXES, UnsupportedConditionError, apply_condition, crossed, parse_condition
@@ -371,13 +371,21 @@ def test_a_state_is_of_its_perturbation() -> None:
 def test_experts_act_in_perturbed_environments() -> None:
     env = apply_condition(replace(REACH, cameras=()), "sensor_noise@3")
     result = evaluate_controller(
-        lambda n: env.make(n, split="test"), ScriptedExpert, range(4), num_envs=4, progress=False
+        lambda n: env.make(n, split="test"),
+        lambda made: make_expert(made, best_expert(env)),
+        range(4),
+        num_envs=4,
+        progress=False,
     )
     assert [e.success_once for e in result.episodes] == [True] * 4
     assert {e.stage for e in result.episodes} == {"touched"}
     maze = apply_condition(PointMazeConfig("umaze"), "sensor_noise@1+action_delay@1")
     result = evaluate_controller(
-        lambda n: maze.make(n, split="test"), WaypointExpert, range(4), num_envs=4, progress=False
+        lambda n: maze.make(n, split="test"),
+        lambda made: make_expert(made, best_expert(maze)),
+        range(4),
+        num_envs=4,
+        progress=False,
     )
     assert len(result.episodes) == 4
     assert {e.stage for e in result.episodes} == {""}
