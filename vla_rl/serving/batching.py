@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -48,79 +49,80 @@ class Batcher:
     """First come, first served; each client has at most one request here, so that none can crowd out another.
 
     `window_s`: how long the first of a batch waits for others; it does not where all of `num_clients()` are there.
+    The policy's thread takes requests from a queue itself and hands answers straight to `loop`: with a task of the loop
+    and an executor in between, each way would be two rounds of the loop longer.
     """
 
     def __init__(
-        self, policy: ServedPolicy, *, window_s: float, max_batch_size: int, num_clients: Callable[[], int]
+        self,
+        policy: ServedPolicy,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        window_s: float,
+        max_batch_size: int,
+        num_clients: Callable[[], int],
     ) -> None:
         self.policy = policy  # may be replaced at any time; a batch is answered by the one that it began with
-        self._window_s, self._max_batch_size, self._num_clients = window_s, max_batch_size, num_clients
-        self._waiting: list[_Waiting] = []
-        self._wake = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
+        self._loop, self._window_s = loop, window_s
+        self._max_batch_size, self._num_clients = max_batch_size, num_clients
+        self._queue: SimpleQueue[_Waiting | None] = SimpleQueue()  # None: the end
+        self._thread = Thread(target=self._run, name="policy", daemon=True)
+        self._thread.start()
 
     async def infer(self, request: Request, noise: NDArray[np.float32], deadline: float | None) -> Answer:
         """`deadline`: of `time.monotonic()`. Raises RequestError: "deadline_exceeded", "bad_observation" where the
         policy refuses, "inference_failed"."""
-        waiting = _Waiting(request, noise, deadline, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
-        self._wake.set()
+        waiting = _Waiting(request, noise, deadline, self._loop.create_future())
+        self._queue.put(waiting)
         return await waiting.answer
 
-    async def run(self) -> None:
-        """Until it is cancelled."""
-        loop = asyncio.get_running_loop()
-        try:
-            while True:
-                self._wake.clear()
-                if not self._waiting:
-                    await self._wake.wait()
-                await self._gather()
-                if batch := self._take():
-                    await loop.run_in_executor(self._thread, _work, loop, self.policy, batch)
-        finally:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+    def close(self) -> None:
+        """After the batch that is computed now."""
+        self._queue.put(None)
+        self._thread.join()
 
-    async def _gather(self) -> None:
-        """Wait for other clients, for as long as the window is open."""
-        end = self._waiting[0].since + self._window_s
-        while len(self._waiting) < min(self._max_batch_size, self._num_clients()):
-            left = end - time.monotonic()
-            if left <= 0:
-                return
-            self._wake.clear()
+    def _run(self) -> None:
+        waiting: list[_Waiting] = []
+        while self._gather(waiting):
+            batch, late, waiting = self._split(waiting)
+            self._settle(late, [_too_late(w) for w in late])
+            self._settle(batch, _answer(self.policy, batch) if batch else [])
+
+    def _gather(self, waiting: list[_Waiting]) -> bool:
+        """Fill `waiting` with at least one request, and with those of others for as long as the window is open. False:
+        the end."""
+        while not waiting or len(waiting) < min(self._max_batch_size, self._num_clients()):
+            left = waiting[0].since + self._window_s - time.monotonic() if waiting else None
             try:
-                async with asyncio.timeout(left):
-                    await self._wake.wait()
-            except TimeoutError:
-                return
+                new = self._queue.get_nowait() if left is not None and left <= 0 else self._queue.get(timeout=left)
+            except Empty:
+                break
+            if new is None:
+                return False
+            waiting.append(new)
+        return True
 
-    def _take(self) -> list[_Waiting]:
-        """The oldest request that still has time, and those that go with it."""
-        now, batch, rest = time.monotonic(), [], []
-        for waiting in self._waiting:
-            if waiting.answer.done():
+    def _split(self, waiting: list[_Waiting]) -> tuple[list[_Waiting], list[_Waiting], list[_Waiting]]:
+        """The oldest request that still has time and those that go with it; those too late; those of the next batch."""
+        now, batch, late, rest = time.monotonic(), [], [], []
+        for w in waiting:
+            if w.answer.done():
                 continue  # its client has gone
-            if waiting.deadline is not None and now > waiting.deadline:
-                late = RequestError("deadline_exceeded", f"not computed: {1000 * (now - waiting.since):.0f} ms waited")
-                waiting.answer.set_exception(late)
-            elif len(batch) < self._max_batch_size and (not batch or waiting.key() == batch[0].key()):
-                batch.append(waiting)
+            if w.deadline is not None and now > w.deadline:
+                late.append(w)
+            elif len(batch) < self._max_batch_size and (not batch or w.key() == batch[0].key()):
+                batch.append(w)
             else:
-                rest.append(waiting)
-        self._waiting = rest
-        return batch
+                rest.append(w)
+        return batch, late, rest
+
+    def _settle(self, batch: list[_Waiting], results: Sequence[Answer | RequestError]) -> None:
+        if batch:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(_settle, batch, results)
 
 
-def _work(loop: asyncio.AbstractEventLoop, policy: ServedPolicy, batch: list[_Waiting]) -> None:
-    """In the policy's thread. Answers go to the event loop from here: by way of the executor's future they would come
-    two rounds of the loop later."""
-    results = _answer(policy, batch)
-    with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-        loop.call_soon_threadsafe(_settle, batch, results)
-
-
-def _settle(batch: list[_Waiting], results: list[Answer | RequestError]) -> None:
+def _settle(batch: list[_Waiting], results: Sequence[Answer | RequestError]) -> None:
     for waiting, result in zip(batch, results, strict=True):
         if waiting.answer.done():
             continue
@@ -128,6 +130,11 @@ def _settle(batch: list[_Waiting], results: list[Answer | RequestError]) -> None
             waiting.answer.set_exception(result)
         else:
             waiting.answer.set_result(result)
+
+
+def _too_late(waiting: _Waiting) -> RequestError:
+    waited = 1000 * (time.monotonic() - waiting.since)
+    return RequestError("deadline_exceeded", f"not computed: {waited:.0f} ms waited")
 
 
 def _answer(policy: ServedPolicy, batch: list[_Waiting]) -> list[Answer | RequestError]:

@@ -7,6 +7,7 @@ An array is a map with the keys (bytes) `__ndarray__`, `data`, `dtype`, `shape`;
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 import msgpack
@@ -68,7 +69,9 @@ def _encode(obj: Any) -> Any:
     if obj.dtype.kind not in "biufSU":
         raise TypeError(f"arrays of dtype {obj.dtype} are not sent; convert them to numbers")
     if isinstance(obj, np.ndarray):
-        return {b"__ndarray__": True, b"data": obj.tobytes(), b"dtype": obj.dtype.str, b"shape": obj.shape}
+        # pictures are not copied on their way into the message
+        data = obj.data if obj.flags.c_contiguous and obj.dtype.kind in "biuf" else obj.tobytes()
+        return {b"__ndarray__": True, b"data": data, b"dtype": obj.dtype.str, b"shape": obj.shape}
     return {b"__npgeneric__": True, b"data": obj.item(), b"dtype": obj.dtype.str}
 
 
@@ -98,7 +101,14 @@ class _Counter:
 
 def _dtype(values: dict[Any, Any]) -> np.dtype[Any]:
     name = values.get(b"dtype")
-    if not isinstance(name, str) or not _DTYPE.fullmatch(name):
+    if not isinstance(name, str):
+        raise MessageError(f"dtype {name!r:.40} is not taken; text is, as '<f4'")
+    return _dtype_of(name)
+
+
+@lru_cache(maxsize=64)
+def _dtype_of(name: str) -> np.dtype[Any]:
+    if not _DTYPE.fullmatch(name):
         raise MessageError(f"dtype {name!r:.40} is not taken; bool, integers, floats and text are, as '<f4'")
     return np.dtype(name)
 

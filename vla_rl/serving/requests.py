@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -120,16 +121,27 @@ def _picture(camera: Any, image: Any) -> NDArray[np.uint8]:
 
 
 def _vector(value: Any, what: str) -> NDArray[np.float32]:
+    """What comes as it should takes the short way: of code that runs ten times a second nothing is in the caches."""
+    if isinstance(value, np.ndarray) and value.dtype == np.float32:
+        vector = value
+    else:
+        vector = _floats(value)
+    # the sum of float32 in double precision is finite if they all are, in far less code than numpy's
+    if vector.ndim != 1 or not math.isfinite(sum(vector.tolist())):
+        raise RequestError("bad_observation", f"{what} must be a list or array of finite numbers")
+    return vector
+
+
+def _floats(value: Any) -> NDArray[np.float32]:
+    """[nan] for what is no list of numbers."""
     try:
         vector = np.atleast_1d(np.asarray(value))
     except ValueError:  # a list of lists of several lengths
         vector = np.empty(0, object)
-    if vector.ndim == 1 and vector.dtype.kind in "biuf":
-        with np.errstate(over="ignore"):
-            numbers = vector.astype(np.float32)
-        if np.isfinite(numbers).all():
-            return numbers
-    raise RequestError("bad_observation", f"{what} must be a list or array of finite numbers")
+    if vector.dtype.kind not in "biuf":
+        return np.full(1, np.nan, np.float32)
+    with np.errstate(over="ignore"):
+        return vector.astype(np.float32)
 
 
 def _state(value: Any, shapes: RequestShapes) -> NDArray[np.float32]:

@@ -141,11 +141,11 @@ class PolicyServer:
             self._loop.add_signal_handler(signal.SIGHUP, self._swap_on_signal)
         self._batcher = Batcher(
             self._policy,
+            self._loop,
             window_s=c.batch_window_ms / 1000.0,
             max_batch_size=c.max_batch_size,
             num_clients=lambda: len(self._clients),
         )
-        batches = asyncio.create_task(self._batcher.run())
         try:
             async with self._listen() as server:
                 self.port = next(iter(server.sockets)).getsockname()[1]
@@ -159,7 +159,7 @@ class PolicyServer:
                     return
             raise
         finally:
-            batches.cancel()
+            self._batcher.close()
             self._loader.shutdown(wait=False)
 
     def _listen(self) -> Any:
@@ -208,7 +208,7 @@ class PolicyServer:
                 if client.noise is not None:  # while nobody waits
                     (session, decision), _ = client.noise
                     self._noise(client, session, decision + 1)
-        except (ConnectionClosed, TimeoutError):
+        except ConnectionClosed:
             return
         finally:
             self._clients.discard(client)
@@ -271,12 +271,12 @@ class PolicyServer:
         return client.noise[1]
 
     async def _send(self, ws: ServerConnection, data: bytes | str) -> None:
+        """A client that does not read is cut off, which `send` then raises ConnectionClosed for."""
+        timer = asyncio.get_running_loop().call_later(self.config.write_timeout_s, ws.transport.abort)
         try:
-            async with asyncio.timeout(self.config.write_timeout_s):
-                await ws.send(data)
-        except TimeoutError:
-            ws.transport.abort()
-            raise
+            await ws.send(data)
+        finally:
+            timer.cancel()
 
 
 def _reply(answer: Answer, total_ms: float, prev_total_ms: float | None) -> dict[str, Any]:
