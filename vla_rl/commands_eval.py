@@ -27,6 +27,7 @@ from vla_rl.configs.suites import SUITES, get_suite, list_suites
 from vla_rl.evaluation.compare import Comparisons, compare_all
 from vla_rl.evaluation.compare_report import write_comparison
 from vla_rl.evaluation.eval_report import criterion_of, write_eval_report
+from vla_rl.evaluation.forgetting_report import write_forgetting_report
 from vla_rl.evaluation.harness import describe_precision, run_suite
 from vla_rl.evaluation.journal import JOURNAL_FILE
 from vla_rl.evaluation.methods import MethodsComparison, compare_methods
@@ -218,7 +219,8 @@ def _evaluate(suite: Suite, actor: Actor, out: Path, config: HarnessConfig, resu
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """folder: that `run` or `eval` wrote. markdown, latex: print the table of an evaluation instead."""
+    """folder: that `run` or `eval` wrote, or a JSON file of what was forgotten, for a page beside it. markdown, latex:
+    print the table of an evaluation instead."""
 
     folder: tyro.conf.Positional[Path]
     markdown: bool = False
@@ -234,6 +236,8 @@ def report_command(argv: list[str]) -> int:
             raise UsageError(f"report: {o.folder} is not the folder of an evaluation, which has a table")
         result = EvalResult.load(o.folder)
         print((markdown if o.markdown else latex)(evaluation_table(result, criterion_of(result))))
+    elif o.folder.is_file():
+        print(write_forgetting_report(o.folder))
     else:
         print(write_eval_report(o.folder) if is_evaluation else write_run_report(o.folder))
     return 0
@@ -244,16 +248,17 @@ class CompareOptions:
     """folders: two or more that `eval` wrote; each is compared with the first. names: one for each of them; folders of
     one name are training runs (seeds) of one method, and methods are compared instead of policies. criterion: which
     success counts; default is that of the first one's suite. out: an HTML page, with the videos side by side. curves:
-    run folders with the metrics of the last one's training; several are its seeds. json, markdown, latex: instead of
-    the text. across_suites: pair what different suites share, and label it. fail_under: the rate to reach; exit code 3
-    where one after the first has the lower end of its interval (fail_on low) or the rate itself (fail_on rate) below
-    it."""
+    run folders with the metrics of the last one's training; several are its seeds. new_tasks: those trained on after
+    the first policy, drawn on the page against all others. json, markdown, latex: instead of the text. across_suites:
+    pair what different suites share, and label it. fail_under: the rate to reach; exit code 3 where one after the first
+    has the lower end of its interval (fail_on low) or the rate itself (fail_on rate) below it."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
     names: tuple[str, ...] = ()
     criterion: Literal["success_once", "success_at_end"] | None = None
     out: Path | None = None
     curves: tuple[Path, ...] = ()
+    new_tasks: tuple[str, ...] = ()
     json: bool = False
     markdown: bool = False
     latex: bool = False
@@ -280,6 +285,8 @@ def compare_command(argv: list[str]) -> int:
     for name, folder in zip(names, o.folders, strict=True):
         runs.setdefault(name, []).append((folder, EvalResult.load(folder)))
     several = len(runs) < len(names)
+    if o.new_tasks and (several or o.out is None):
+        raise UsageError("compare: --new-tasks is drawn on the page (--out) of policies, each with a name of its own")
     criterion = o.criterion or criterion_of(runs[names[0]][0][1])
     command = shlex.join(["vla-rl", "compare", *argv])
     comparison, page = (_compare_methods if several else _compare_policies)(runs, criterion, command, o)
@@ -303,7 +310,10 @@ def _compare_policies(runs: Runs, criterion: str, command: str, o: CompareOption
     )
     if o.out is None:
         return comparisons, None
-    return comparisons, write_comparison(o.out, comparisons, results, command=command, curves=_curves(runs, o))
+    page = write_comparison(
+        o.out, comparisons, results, command=command, curves=_curves(runs, o), new_tasks=o.new_tasks
+    )
+    return comparisons, page
 
 
 def _compare_methods(

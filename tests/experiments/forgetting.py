@@ -6,7 +6,7 @@ The base policy is fitted to three tabletop tasks: well to the old ones, pressin
 to the new one, reaching, whose demonstrations miss by centimetres. From it, reach is improved by fine-tuning on good
 demonstrations, and by Flow-SDE PPO with the demo's numbers, with and without its KL to the base. At several points of
 each, the success on all tasks is measured on held-out episodes, and KL(base || policy) on states of the new task
-(`vla_rl.evaluation.forgetting`).
+(`vla_rl.evaluation.forgetting`). `vla-rl report` makes a page of the summary.
 
 The policies see the state, what the sentence says in numbers, and which task it is. Ten minutes on one core.
 """
@@ -39,12 +39,12 @@ from vla_rl.evaluation.evaluate import evaluate
 from vla_rl.evaluation.forgetting import (
     ForgettingResult,
     Role,
-    forgetting_chart,
     mean_divergence,
     measure_forgetting,
     policy_kl,
     visited_states,
 )
+from vla_rl.evaluation.forgetting_report import forgetting_chart, tradeoff_chart
 from vla_rl.evaluation.result import EvalResult
 from vla_rl.evaluation.statistics import Rate
 from vla_rl.flow import FlowSamplerConfig
@@ -228,12 +228,10 @@ def _outcomes(rate: Rate) -> list[float]:
     return [1.0] * rate.successes + [0.0] * (rate.n - rate.successes)
 
 
-def write_chart(result: ForgettingResult, path: Path, title: str) -> None:
+def write_chart(svg: str, path: Path) -> None:
     """An SVG file of its own: the chart with the colours of the reports."""
     css = (Path(vla_rl.evaluation.__path__[0]) / "report.css").read_text(encoding="utf-8")
-    opening, end, rest = forgetting_chart(result, title, {"other": "reinforcement without KL to the base"}).partition(
-        ">"
-    )
+    opening, end, rest = svg.partition(">")
     path.write_text(f"{opening}{end}<style>{css}</style>{rest}", encoding="utf-8")
 
 
@@ -247,7 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = []
     for seed in options.seeds:
         results.append(run_seed(options.out, seed, options.episodes))
-        write_chart(results[-1], options.out / f"seed_{seed}.svg", f"Forgetting, seed {seed}")
+        write_chart(forgetting_chart(results[-1], f"Forgetting, seed {seed}"), options.out / f"seed_{seed}.svg")
+        write_chart(tradeoff_chart(results[-1], f"Tasks, seed {seed}"), options.out / f"tasks_seed_{seed}.svg")
         print(f"seed {seed}\n{results[-1].format_table()}", flush=True)
     summary = {
         "name": "forgetting",

@@ -20,6 +20,7 @@ from tests.experiments.forgetting import (
     write_chart,
 )
 from vla_rl.evaluation.forgetting import Divergence, measure_forgetting
+from vla_rl.evaluation.forgetting_report import forgetting_chart
 from vla_rl.evaluation.result import Episode, EvalResult
 from vla_rl.policies.flow_mlp import FlowMLP, FlowMLPConfig
 from vla_rl.sim.experts import ExpertConfig
@@ -89,7 +90,7 @@ def test_summary_over_seeds_and_chart_file(tmp_path):
     assert summary["SFT"]["old"]["value"] == pytest.approx(0.3)
     assert (summary["SFT"]["old"]["num_runs"], summary["SFT"]["old"]["num_tasks"]) == (2, 2)
     assert summary["SFT"]["kl"] == [2.0, 4.0]
-    write_chart(seeds[0], tmp_path / "chart.svg", "Forgetting")
+    write_chart(forgetting_chart(seeds[0]), tmp_path / "chart.svg")
     root = ET.parse(tmp_path / "chart.svg").getroot()
     assert root.tag.endswith("svg")
     assert ".dot.s-trained" in (next(root.iter("{http://www.w3.org/2000/svg}style")).text or "")

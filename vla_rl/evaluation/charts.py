@@ -176,7 +176,7 @@ def scatter_chart(
 ) -> str:
     """Rates against a number >= 0, with whiskers both ways; groups differ by colour and shape. The upper end is 100%,
     the lower end what the intervals need; so it is across where `x_is_rate`. `joined`: a line goes from the first point
-    through those of each other group in their order.
+    through those of each other group in their order. A label that would cover another one is left out.
 
     Raises ValueError without a point.
     """
@@ -210,13 +210,10 @@ def scatter_chart(
         parts.append(
             f'<polyline class="curve s-{style}" points="{_points([(px(p.x), py(p.rate.rate)) for p in way])}"/>'
         )
-    for p in points:
-        x, y = px(p.x), py(p.rate.rate)
-        parts.append(_mark(x, y, p.style, [style for _, style in groups].index(p.style), p.size))
-        end = x > (left + right) / 2
-        parts.append(
-            _text(x + (-p.size - 2 if end else p.size + 2), y - p.size - 2, p.label, "tick", "end" if end else "start")
-        )
+    places = [(px(p.x), py(p.rate.rate)) for p in points]
+    shapes = [style for _, style in groups]
+    parts += [_mark(x, y, p.style, shapes.index(p.style), p.size) for p, (x, y) in zip(points, places, strict=True)]
+    parts += _labels(points, places, left, right)
     for i, (group, style) in enumerate(groups):
         parts += [
             _mark(left + 4, bottom + 48 + 18 * i, style, i, 5.0),
@@ -225,13 +222,32 @@ def scatter_chart(
     return "".join(parts) + "</svg>"
 
 
+def _labels(points: Sequence[Point], places: Sequence[tuple[float, float]], left: float, right: float) -> list[str]:
+    """A label at a corner of each mark where it covers no other mark or label; one without such a corner is left out.
+    The last points come first."""
+    taken = [(x - p.size, y - p.size, x + p.size, y + p.size) for p, (x, y) in zip(points, places, strict=True)]
+    out = []
+    for p, (x, y) in reversed([*zip(points, places, strict=True)]):
+        width = 6.4 * len(p.label)  # that of a letter is a guess: an SVG does not measure its text
+        for across, down in ((1, -1), (-1, -1), (1, 1), (-1, 1)):
+            at, base = x + across * (p.size + 2), y - p.size - 2 if down < 0 else y + p.size + 10
+            box = (min(at, at + across * width), base - 9, max(at, at + across * width), base + 1)
+            clear = all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in taken)
+            if p.label and clear and left <= box[0] and box[2] <= right + 10:
+                out.append(_text(at, base, p.label, "tick over", "start" if across > 0 else "end"))
+                taken.append(box)
+                break
+    return out
+
+
 def _rate_ticks(lows: Sequence[float]) -> tuple[float, ...]:
     """Of an axis of rates that ends at 100% and shows all of `lows`."""
     return tuple(tick for tick in _ticks(min(0.99, *lows), 1.0, 4) if 0.0 <= tick <= 1.0)
 
 
 def _said(p: Point, x_is_rate: bool) -> str:
-    return f"{p.group} {p.label} at {f'{p.x:.1%}' if x_is_rate else _number(p.x)}: {p.rate}"
+    name = f"{p.group} {p.label}".strip()
+    return f"{name} at {f'{p.x:.1%}' if x_is_rate else _number(p.x)}: {p.rate}"
 
 
 def _share_axis(at: _Scale, top: float, height: float) -> list[str]:
@@ -255,7 +271,7 @@ def _listed(values: Sequence[float]) -> str:
 
 def _cross(across: tuple[float, float], down: tuple[float, float], x: float, y: float) -> str:
     path = f"M{across[0]:.1f} {y:.1f}H{across[1]:.1f}M{x:.1f} {down[0]:.1f}V{down[1]:.1f}"
-    return f'<path class="halo" d="{path}"/><path class="whisker" d="{path}"/>'
+    return f'<path class="whisker thin" d="{path}"/>'
 
 
 def _mark(x: float, y: float, style: str, shape: int, size: float) -> str:

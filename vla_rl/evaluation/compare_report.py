@@ -20,6 +20,7 @@ from vla_rl.evaluation.eval_report import (
     stage_names,
     unsupported,
 )
+from vla_rl.evaluation.forgetting_report import tasks_tradeoff_section
 from vla_rl.evaluation.gallery import failure_gallery
 from vla_rl.evaluation.page import (
     Curve,
@@ -50,13 +51,16 @@ def write_comparison(
     *,
     command: str = "",
     curves: Sequence[Curve] = (),
+    new_tasks: Sequence[str] = (),
 ) -> Path:
     """Write the comparison as one HTML file and return its path.
 
     `results`: name -> (folder of the result, result), in the order of `comparisons.names`. `curves`: learning curves.
+    `new_tasks`: those that were trained on after the first policy, to be drawn against all others.
     """
     names, budget = comparisons.names, MediaBudget()
     first, last = results[names[0]], results[names[-1]]
+    played = {name: result for name, (_, result) in results.items()}
     unable = {c: reason for _, result in results.values() for c, reason in unsupported(result).items()}
     return write_page(
         Path(path),
@@ -69,7 +73,8 @@ def write_comparison(
             _tests(comparisons),
             _tasks(comparisons),
             _profiles(comparisons),
-            conditions_section({name: result for name, (_, result) in results.items()}, comparisons.criterion, unable),
+            tasks_tradeoff_section(played, new_tasks, comparisons.criterion) if new_tasks else "",
+            conditions_section(played, comparisons.criterion, unable),
             _films((names[0], *first), (names[-1], *last), comparisons, budget),
             failure_gallery(
                 last[0],

@@ -1,7 +1,7 @@
 """What fine-tuning on a new task costs on the old ones, and how far it moved the policy on the new one.
 
 How much a policy forgets goes with KL(base || policy) on the new task's states, however it was trained (Shenfeld, Pari
-and Agrawal 2025, RL's Razor, arXiv 2509.04259); `forgetting_chart` draws the one against the other.
+and Agrawal 2025, RL's Razor, arXiv 2509.04259); `forgetting_report.py` draws the one against the other.
 
 The divergence is exact for every likelihood that the project trains with. Gaussian and Laplace chunks have a closed
 form. For chunks that are made step by step, tokens or the denoising chain of a flow policy, it is the sum over steps of
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from vla_rl.core import Observation
 from vla_rl.evaluation.aggregate import hierarchical_bootstrap
-from vla_rl.evaluation.charts import Point, scatter_chart
 from vla_rl.evaluation.compare import PairedRates, compare
 from vla_rl.evaluation.evaluate import policy_noise
 from vla_rl.evaluation.result import EvalResult
@@ -183,6 +182,20 @@ class PolicyForgetting:
             "change": None if self.change is None else self.change.as_dict(),
         }
 
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> PolicyForgetting:
+        """What `as_dict` made."""
+        change, divergence = values["change"], values["divergence"]
+        return PolicyForgetting(
+            name=values["name"],
+            role=values["role"],
+            new=_stored_rate(values["new"]),
+            old=_stored_rate(values["old"]),
+            old_tasks={task: _stored_rate(rate) for task, rate in values["old_tasks"].items()},
+            divergence=None if divergence is None else Divergence(**divergence),
+            change=None if change is None else _stored_pairs(change),
+        )
+
 
 @dataclass(frozen=True)
 class ForgettingResult:
@@ -203,6 +216,16 @@ class ForgettingResult:
             "policies": [policy.as_dict() for policy in self.policies],
         }
 
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> ForgettingResult:
+        """What `as_dict` made. Raises ValueError for something else."""
+        try:
+            policies = tuple(PolicyForgetting.from_dict(policy) for policy in values["policies"])
+            tasks = tuple(values["new_tasks"]), tuple(values["old_tasks"])
+            return ForgettingResult(policies, *tasks, values["criterion"], values["sampler"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"expected what ForgettingResult.as_dict() writes; {error!r} is wrong") from error
+
     def format_table(self) -> str:
         """Text for a terminal."""
         width = max(len(policy.name) for policy in self.policies)
@@ -213,6 +236,16 @@ class ForgettingResult:
             change = "" if p.change is None else str(p.change.difference)
             lines.append(f"{p.name:{width}}  {new:>26}  {old:>26}  {change:>24}  {kl}")
         return "\n".join(lines)
+
+
+def _stored_rate(values: Mapping[str, Any]) -> Rate:
+    return wilson(values["successes"], values["n"], values["confidence"])
+
+
+def _stored_pairs(values: Mapping[str, Any]) -> PairedRates:
+    kinds = (("both", (True, True)), ("only_first", (True, False)), ("only_second", (False, True)))
+    pairs = [pair for name, pair in (*kinds, ("neither", (False, False))) for _ in range(values[name])]
+    return PairedRates.of(pairs, values["confidence"])
 
 
 def measure_forgetting(
@@ -279,38 +312,3 @@ def _only(result: EvalResult, tasks: Sequence[str]) -> EvalResult:
 def _rate(result: EvalResult, tasks: Sequence[str], criterion: str) -> Rate:
     outcomes = [getattr(e, criterion) for e in result.episodes if e.task in tasks]
     return wilson(sum(outcomes), len(outcomes))
-
-
-# ------------------------------------------------------------------------------------------------------------ the plot
-_GROUPS: dict[Role, tuple[str, str]] = {
-    "base": ("base policy", "other"),
-    "sft": ("supervised fine-tuning", "baseline"),
-    "rl": ("reinforcement learning", "trained"),
-    "other": ("other", "expert"),
-}
-
-
-def forgetting_chart(
-    result: ForgettingResult, title: str = "Forgetting", group_names: Mapping[Role, str] | None = None
-) -> str:
-    """One SVG: the success on the old tasks against KL(base || policy), each policy a point with its intervals.
-
-    Beside a point stands what sets its name apart in its group. `group_names`: for the legend, in place of ours.
-    Colours are the classes of report.css, as those of all charts.
-    """
-    points = []
-    for policy in result.policies:
-        group, style = _GROUPS[policy.role]
-        group = (group_names or {}).get(policy.role, group)
-        label = _apart(policy.name, [other.name for other in result.policies if other.role == policy.role])
-        kl = policy.divergence or Divergence(0.0, 0.0, 0.0, 0, 0)
-        points.append(Point(label, group, style, kl.value, kl.low, kl.high, policy.old))
-    return scatter_chart(points, title, x_label="KL(base || policy) on the new task, nats a decision")
-
-
-def _apart(name: str, names: Sequence[str]) -> str:
-    """`name` without the words that all of several `names` begin with."""
-    words, num_shared = name.split(), 0
-    while len(names) > 1 and all(other.split()[:num_shared] == words[:num_shared] for other in names):
-        num_shared += 1
-    return " ".join(words[max(0, num_shared - 1) :]) or name
