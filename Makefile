@@ -16,7 +16,7 @@ BIN := .venv/bin
 STAGE := tools/stage.sh
 PYTEST := $(BIN)/python -m pytest -q
 # Two of Ray's clusters on a machine find each other, and one process has only one of its security modes.
-RAY_TESTS := $(wildcard tests/unit/test_*ray*.py tests/unit/test_train_distributed.py)
+RAY_TESTS := $(wildcard tests/unit/test_*ray*.py tests/unit/test_train_distributed.py tests/unit/test_train_sharding.py)
 export PYTHON TORCH
 # One thread a process unless asked for: two processes of PyTorch on two cores hinder each other otherwise.
 export OMP_NUM_THREADS ?= 1

@@ -127,12 +127,15 @@ class CollectorEnv(Protocol):
 
 
 class Collector(Protocol):
-    """Who gathers decisions for a learner: `RolloutCollector` in this process, `RayRolloutCollector` in others.
+    """Who gathers decisions for a learner: `RolloutCollector` in this process, `RayRolloutCollector` in others."""
 
-    `policy_version`: set by the learner after every update.
-    """
+    @property
+    def policy_version(self) -> int:
+        """Set by the learner after every update."""
+        ...
 
-    policy_version: int
+    @policy_version.setter
+    def policy_version(self, version: int) -> None: ...
 
     @property
     def num_envs(self) -> int: ...
