@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from vla_rl.real_robot.inference import Inference, Reply
 from vla_rl.real_robot.interfaces import ArmState, Camera, Command, HardwareError, Picture, Teleop, TeleopSample, Vector
+from vla_rl.real_robot.loop_config import LoopConfig
 from vla_rl.real_robot.modes import Event, Mode
 from vla_rl.real_robot.supervisor import Applied, GuardedArm
 from vla_rl.real_robot.takeover import Control, Takeover
-from vla_rl.serving.broker import BrokerConfig, ChunkBroker
+from vla_rl.serving.broker import ChunkBroker
 
 Actions = NDArray[np.floating]
 _BRAKING_S = 5.0
@@ -29,31 +30,6 @@ _BRAKING_S = 5.0
 
 class StartRefusedError(RuntimeError):
     """The arm must not be started now; the message says why."""
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """`prompt`: the instruction. `broker`: of action chunks; deltas need its `control_hz` to be the arm's rate.
-
-    `max_picture_age_s`: since a picture came, and since a camera last showed another one (a frozen camera repeats its
-    own stamp). `grace_s`: in HOLD for want of actions, before the arm is stopped. `start_tolerance`: rad between the
-    first target and the measured pose. `ramp_s`: over which a start, or the policy after a person, comes to full
-    effect. `max_plan_age_s`: how long a chunk is followed after its observation, so how long a dead policy goes
-    unnoticed; None: to its end. `start_timeout_s`: for fresh streams and the first chunk.
-    """
-
-    prompt: str
-    broker: BrokerConfig
-    max_picture_age_s: float = 0.08
-    grace_s: float = 1.0
-    start_tolerance: float = 0.3
-    ramp_s: float = 1.0
-    max_plan_age_s: float | None = None
-    start_timeout_s: float = 10.0
-
-    def __post_init__(self) -> None:
-        if not (self.max_picture_age_s > 0 and self.grace_s >= 0 and self.start_tolerance > 0 and self.ramp_s >= 0):
-            raise ValueError(f"LoopConfig: times and tolerances must be positive, got {self}")
 
 
 def joint_targets(action: Actions, standing: Command) -> Command:
@@ -437,6 +413,6 @@ class ControlLoop:
 
 
 __all__ = [
-    "ControlLoop", "LoopConfig", "LoopParts", "LoopReport", "StartRefusedError", "Tick", "joint_targets",
+    "ControlLoop", "LoopParts", "LoopReport", "StartRefusedError", "Tick", "joint_targets",
     "joints_and_gripper",
 ]  # fmt: skip

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from vla_rl.evaluation.result import Episode, EvalResult, Timing
 from vla_rl.evaluation.video import write_video
-from vla_rl.real_robot.control_loop import ControlLoop, LoopConfig, LoopParts, StartRefusedError, Tick
+from vla_rl.real_robot.control_loop import ControlLoop, LoopParts, StartRefusedError, Tick
 from vla_rl.real_robot.deploy_config import DeployConfig, TabletopScene
 from vla_rl.real_robot.deploy_processes import check_server, start_server, start_twin
 from vla_rl.real_robot.drivers.dds_arm import DDSArm, DDSArmConfig, DDSCamera, DDSCameraConfig, twin_arm_spec
@@ -36,6 +36,7 @@ from vla_rl.real_robot.drivers.twin_episodes import EpisodeState
 from vla_rl.real_robot.inference import Inference, ServedActions, ServerConfig
 from vla_rl.real_robot.interfaces import ArmSpec, HardwareError
 from vla_rl.real_robot.log import LogAbout, RobotLog
+from vla_rl.real_robot.loop_config import LoopConfig
 from vla_rl.real_robot.modes import Mode
 from vla_rl.real_robot.safety import SafetyConfig
 from vla_rl.real_robot.supervisor import SupervisorClient, SupervisorConfig

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from vla_rl.envs.config import EnvConfig
 from vla_rl.policies.checkpoints.config_json import config_to_dict
+from vla_rl.real_robot.loop_config import LoopConfig
+from vla_rl.real_robot.safety import SafetyConfig
 from vla_rl.train.recipe import Recipe
 
 CAMERA_HZ = 50.0  # a simulator's picture is as new as its state; one of 20 Hz is up to a control step older
@@ -36,10 +38,10 @@ class DeployConfig:
     limits: Literal["tabletop", "panda"] = "tabletop"
     speed_scale: float = 1.0
     periods_ahead: float = 0.2
-    max_state_age_s: float = 0.12
-    max_picture_age_s: float = 0.08
+    max_state_age_s: float = SafetyConfig.max_state_age_s
+    max_picture_age_s: float = LoopConfig.max_picture_age_s
     max_plan_age_s: float = 0.2
-    grace_s: float = 1.0
+    grace_s: float = LoopConfig.grace_s
     silence_s: float = 0.12
     reply_s: float = 0.5
     heartbeat_s: float = 0.06

@@ -20,8 +20,9 @@ import tyro
 
 from tests.benchmarks.harness import BenchmarkResult, hardware
 from tests.unit.sim_arm import SPEC, Reaching, SimArm, SimCamera
-from vla_rl.real_robot.control_loop import ControlLoop, LoopConfig, LoopParts
+from vla_rl.real_robot.control_loop import ControlLoop, LoopParts
 from vla_rl.real_robot.inference import Inference, PolicyProcess
+from vla_rl.real_robot.loop_config import LoopConfig
 from vla_rl.real_robot.safety import SafetyConfig
 from vla_rl.real_robot.supervisor import SupervisorClient, SupervisorConfig
 from vla_rl.serving.broker import BrokerConfig

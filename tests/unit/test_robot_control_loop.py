@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tests.unit.sim_arm import RATE_HZ, SPEC, Reaching, SimArm, SimCamera, SimTeleop
-from vla_rl.real_robot.control_loop import ControlLoop, LoopConfig, LoopParts, StartRefusedError, joint_targets
+from vla_rl.real_robot.control_loop import ControlLoop, LoopParts, StartRefusedError, joint_targets
 from vla_rl.real_robot.inference import Inference, PolicyProcess
 from vla_rl.real_robot.interfaces import Command
+from vla_rl.real_robot.loop_config import LoopConfig
 from vla_rl.real_robot.modes import Event, Mode
 from vla_rl.real_robot.safety import SafetyConfig
 from vla_rl.real_robot.supervisor import Guard

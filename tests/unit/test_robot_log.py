@@ -12,9 +12,10 @@ from tests.unit.sim_arm import RATE_HZ, SPEC, Reaching, SimArm, SimCamera
 from vla_rl.cli import main
 from vla_rl.policies.checkpoints.native import save_policy
 from vla_rl.policies.tiny import TinyVLA, TinyVLAConfig
-from vla_rl.real_robot.control_loop import ControlLoop, LoopConfig, LoopParts
+from vla_rl.real_robot.control_loop import ControlLoop, LoopParts
 from vla_rl.real_robot.inference import Inference
 from vla_rl.real_robot.log import LogAbout, RobotLog, config_digest, read_about, read_ticks
+from vla_rl.real_robot.loop_config import LoopConfig
 from vla_rl.real_robot.replay import replay
 from vla_rl.real_robot.safety import SafetyConfig
 from vla_rl.real_robot.supervisor import Guard

@@ -22,15 +22,19 @@ import pytest
 
 from tests.unit import rclpy_stand_in
 from vla_rl.real_robot.control_loop import LoopReport, Tick
+from vla_rl.real_robot.deploy_config import DeployConfig
 from vla_rl.real_robot.interfaces import ArmState, Command, Picture
 from vla_rl.real_robot.kinematics import ForwardKinematics
+from vla_rl.real_robot.loop_config import LoopConfig
 from vla_rl.real_robot.modes import Mode
+from vla_rl.real_robot.safety import SafetyConfig
 from vla_rl.real_robot.takeover import Control
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "real_robot/ros2"
 INTERFACES = ROOT / "real_robot/ros2_interfaces"
 ROBOTS = ("twin", "franka", "ur")
+PATIENT = {"loop.max_picture_age_s": 0.5, "safety.max_state_age_s": 0.5}  # on a machine that does other work
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -217,6 +221,20 @@ def test_integers_stand_for_floats_and_defaults_are_of_ros_types():
         assert type(items[0]) in (bool, int, float, str)
 
 
+def test_limits_are_those_of_the_bridge():
+    """A limit that nobody sets is one number, whichever way the arm is driven."""
+    settings = module("settings")
+    made = settings.make_settings(settings.read_yaml(PACKAGE / "config/twin.yaml"))
+    deployed = DeployConfig()
+    for config in (LoopConfig("", made.loop.broker), deployed):
+        assert made.loop.max_picture_age_s == config.max_picture_age_s
+        assert made.loop.grace_s == config.grace_s
+    assert made.safety.max_state_age_s == SafetyConfig().max_state_age_s == deployed.max_state_age_s
+    own = {"loop.max_picture_age_s": 0.3, "safety.max_state_age_s": 0.2}  # a camera of 5 Hz, a slow network
+    made = settings.make_settings(settings.read_yaml(PACKAGE / "config/twin.yaml") | own)
+    assert (made.loop.max_picture_age_s, made.safety.max_state_age_s) == (0.3, 0.2)
+
+
 def test_file_without_the_node_is_refused(tmp_path: Path):
     settings = module("settings")
     (tmp_path / "other.yaml").write_text("camera:\n  ros__parameters: {fps: 30}\n")
@@ -341,7 +359,7 @@ def test_bridge_runs_records_and_stops(tmp_path: Path):
 
     settings = module("settings")
     parameters = settings.read_yaml(PACKAGE / "config/twin.yaml")
-    parameters |= {"record.path": str(tmp_path / "episodes"), "gripper.kind": "", "loop.ramp_s": 0.1}
+    parameters |= {"record.path": str(tmp_path / "episodes"), "gripper.kind": "", "loop.ramp_s": 0.1, **PATIENT}
     made = settings.make_settings(parameters)
     robot = Robot(95, made.spec.home)
     chunk = np.tile(np.array([0.2, 0, 0, 0, 0, 0, 0, 1.0], np.float32), (8, 1))
@@ -402,7 +420,7 @@ def test_node_with_a_stand_in_for_rclpy_over_real_topics(monkeypatch: pytest.Mon
     assert node.on_configure(None) == "failure"
     assert "arm.joint_names is missing" in node.fail
     settings = module("settings")
-    made = settings.read_yaml(PACKAGE / "config/twin.yaml") | {"gripper.kind": "", "loop.ramp_s": 0.1}
+    made = settings.read_yaml(PACKAGE / "config/twin.yaml") | {"gripper.kind": "", "loop.ramp_s": 0.1, **PATIENT}
     node.parameters |= made | {"record.path": str(tmp_path / "episodes")}
     robot = Robot(96, np.array(made["arm.home"]))
     modes: list[str] = []

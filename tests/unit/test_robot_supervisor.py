@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from tests.unit.sim_arm import RATE_HZ, SPEC, Reaching, SimArm, SimCamera, read_record
-from vla_rl.real_robot.control_loop import ControlLoop, LoopConfig, LoopParts
+from vla_rl.real_robot.control_loop import ControlLoop, LoopParts
 from vla_rl.real_robot.inference import Inference
 from vla_rl.real_robot.interfaces import ArmState, Command, HardwareError
+from vla_rl.real_robot.loop_config import LoopConfig
 from vla_rl.real_robot.modes import Event, Mode, ModeError
 from vla_rl.real_robot.safety import SafetyConfig
 from vla_rl.real_robot.supervisor import Guard, SupervisorClient, SupervisorConfig

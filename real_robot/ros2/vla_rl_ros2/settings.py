@@ -17,16 +17,20 @@ from typing import Any
 import numpy as np
 
 from vla_rl.envs.robot_actions import JointDelta, JointPosition
-from vla_rl.real_robot.control_loop import LoopConfig, joint_targets
+from vla_rl.real_robot.control_loop import joint_targets
 from vla_rl.real_robot.drivers.ros2_control import Ros2ControlConfig
 from vla_rl.real_robot.inference import ServerConfig
 from vla_rl.real_robot.interfaces import ArmSpec, Vector
 from vla_rl.real_robot.kinematics import Chain, ForwardKinematics, chain_from_dh
+from vla_rl.real_robot.loop_config import LoopConfig
 from vla_rl.real_robot.safety import SafetyConfig
 from vla_rl.real_robot.takeover import InverseKinematics, TakeoverConfig
 from vla_rl.serving.broker import BrokerConfig
 
 Value = bool | int | float | str | list[Any]
+
+_SAFETY = ("max_step", "position_margin", "speed_scale", "max_state_age_s")  # defaults: those of the configs themselves
+_LOOP = ("max_picture_age_s", "grace_s", "start_tolerance", "ramp_s")
 
 DEFAULTS: dict[str, Value] = {
     "task": "",
@@ -60,9 +64,7 @@ DEFAULTS: dict[str, Value] = {
     "policy.max_step": 0.05,
     "policy.mode": "async",
     "policy.execution_horizon": 8,
-    "safety.max_step": 0.35,
-    "safety.position_margin": 0.02,
-    "safety.speed_scale": 0.5,
+    **{f"safety.{name}": getattr(SafetyConfig, name) for name in _SAFETY},
     "safety.workspace_low": [0.0],
     "safety.workspace_high": [0.0],
     "safety.dh": [0.0],  # a, d, alpha of each joint, one after the other
@@ -71,10 +73,7 @@ DEFAULTS: dict[str, Value] = {
     "takeover.max_turn": 0.5,
     "takeover.deadman_button": 0,
     "takeover.gripper_button": 1,
-    "loop.max_picture_age_s": 0.2,
-    "loop.grace_s": 1.0,
-    "loop.start_tolerance": 0.3,
-    "loop.ramp_s": 1.0,
+    **{f"loop.{name}": getattr(LoopConfig, name) for name in _LOOP},
     "record.path": "",
 }
 
@@ -171,7 +170,7 @@ def make_settings(parameters: Mapping[str, Any]) -> Settings:
             loop=LoopConfig(
                 prompt=p["task"],
                 broker=BrokerConfig(spec.rate_hz, p["policy.mode"], p["policy.execution_horizon"]),
-                **{name: p[f"loop.{name}"] for name in ("max_picture_age_s", "grace_s", "start_tolerance", "ramp_s")},
+                **{name: p[f"loop.{name}"] for name in _LOOP},
             ),
             server=ServerConfig(p["policy.url"], p["policy.api_key"] or None, timeout_s=p["policy.timeout_s"]),
             cameras=dict(_camera(text) for text in _names(p["input.cameras"])),
@@ -251,9 +250,7 @@ def _safety(p: Mapping[str, Any], spec: ArmSpec) -> SafetyConfig:
         chain=chain,
         workspace_low=(low[0], low[1], low[2]) if boxed else None,
         workspace_high=(high[0], high[1], high[2]) if boxed else None,
-        max_step=p["safety.max_step"],
-        position_margin=p["safety.position_margin"],
-        speed_scale=p["safety.speed_scale"],
+        **{name: p[f"safety.{name}"] for name in _SAFETY},
     )
 
 
