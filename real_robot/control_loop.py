@@ -124,7 +124,7 @@ class ControlLoop:
         self._standing: Command | None = None  # the target that the arm has
         self._ramp: tuple[float, Vector] | None = None  # since when, and from where
         self._held_since = 0.0
-        self._problem = ""
+        self._problem = self._hold_reason = ""
         self._planned_at = -np.inf  # capture of the observation of the newest chunk
         self._changed: dict[str, tuple[int, float]] = {}  # camera: its newest own stamp, and when we first saw that
 
@@ -235,9 +235,10 @@ class ControlLoop:
             wanted = self._policy(proposal, problem or sampled, source, now)
         applied = self._apply(wanted)
         source = Control.HOLD if self.mode is Mode.HOLD or wanted is None else source
+        problem = problem or self._problem or (self._hold_reason if self.mode is Mode.HOLD else "")
         tick = Tick(
             now, self.mode, source, state, pictures, proposal, wanted,
-            applied.command, applied.clamps, observation, reply, problem or self._problem, late_s,
+            applied.command, applied.clamps, observation, reply, problem, late_s,
         )  # fmt: skip
         self._count(tick)
         if self.parts.on_tick is not None:
@@ -323,11 +324,12 @@ class ControlLoop:
         if age is not None and now - self._planned_at > age:
             problem = problem or f"the policy's plan is {now - self._planned_at:.3f} s old"
         able = proposal is not None and not problem and control is Control.POLICY
+        self._hold_reason = "" if able else problem or self._problem or "no action"
         if self.mode is Mode.SHADOW:
             return None if proposal is None else self._command(proposal)
         if not able:
             if self.mode is Mode.RUN:
-                self.mode = self.parts.arm.fire(Event.HOLD, problem or self._problem or "no action")
+                self.mode = self.parts.arm.fire(Event.HOLD, self._hold_reason)
                 self._held_since = now
             elif now - self._held_since > self.config.grace_s:
                 why = problem or self._problem or "the policy gives no actions"

@@ -30,6 +30,7 @@ from vla_rl.evaluation.result import Episode, EvalResult, Timing
 from vla_rl.evaluation.video import write_video
 from vla_rl.real_robot.control_loop import ControlLoop, LoopParts, StartRefusedError, Tick
 from vla_rl.real_robot.deploy_config import DeployConfig, TabletopScene
+from vla_rl.real_robot.deploy_page import PAGE_FILE, write_deploy_page
 from vla_rl.real_robot.deploy_processes import check_server, start_server, start_twin
 from vla_rl.real_robot.drivers.dds_arm import DDSArm, DDSArmConfig, DDSCamera, DDSCameraConfig, twin_arm_spec
 from vla_rl.real_robot.drivers.twin_episodes import EpisodeState
@@ -43,6 +44,7 @@ from vla_rl.real_robot.supervisor import SupervisorClient, SupervisorConfig
 from vla_rl.real_robot.tabletop_arm import TabletopArm, tabletop_chain
 from vla_rl.serving.broker import BrokerConfig
 from vla_rl.serving.client import ENVELOPE
+from vla_rl.train.run_folder import write_provenance
 
 RESULT_FILE = "deploy.json"
 
@@ -296,10 +298,14 @@ class Deployment:
 
 
 def deploy(scene: TabletopScene, policy: Path | None, out: Path, config: DeployConfig) -> EvalResult:
-    """Run the episodes and write `eval.json`, `episodes.parquet`, `deploy.json` and videos into `out`. Raises as
-    `Deployment`."""
+    """Run the episodes and write `eval.json`, `episodes.parquet`, `deploy.json`, `deploy.html`, logs and videos into
+    `out`. Raises as `Deployment`."""
     with Deployment(scene, policy, out, config) as deployment:
-        return deployment.run()
+        write_provenance(out)
+        try:
+            return deployment.run()
+        finally:
+            write_deploy_page(out)
 
 
 def format_deployment(out: Path) -> str:
@@ -317,6 +323,7 @@ def format_deployment(out: Path) -> str:
     lines.append(f"{'clamps':16} " + (", ".join(f"{n} {c}" for n, c in sorted(v["clamps"].items())) or "none"))
     lines.append(f"{'chunks':16} " + ", ".join(f"{n} {c}" for n, c in v["broker"].items()))
     lines.append(f"{'machine load':16} {v['load'][0]} to {v['load'][1]} on {os.cpu_count()} cores")
+    lines.append(f"{'page':16} {out / PAGE_FILE}")
     return "\n".join(lines)
 
 

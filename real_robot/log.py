@@ -191,6 +191,15 @@ def read_ticks(path: Path | str) -> Iterator[LoggedTick]:
             parts = {}
 
 
+def read_tick_fields(path: Path | str) -> Iterator[tuple[float, Mapping[str, Any]]]:
+    """Seconds since the first tick, and what `/vla_rl/tick` says, without the pictures. Raises ValueError as
+    `read_ticks`."""
+    begun = None
+    for _, stamp, message in _messages(path, ["/vla_rl/tick"]):
+        begun = stamp if begun is None else begun
+        yield (stamp - begun) / 1e9, json.loads(message.data)
+
+
 def _logged_tick(at: float, parts: Mapping[str, Any], prompt: str) -> LoggedTick:
     tick = LoggedTick(at, json.loads(parts["/vla_rl/tick"].data), parts["/observation/joint_states"].position)
     if "/observation/state" in parts:
@@ -224,4 +233,4 @@ def _messages(path: Path | str, topics: list[str]) -> Iterator[tuple[str, int, A
         raise ValueError(f"{path} is no log that can be read: {error}. Was it closed?") from error
 
 
-__all__ = ["LogAbout", "LoggedTick", "RobotLog", "config_digest", "read_about", "read_ticks"]
+__all__ = ["LogAbout", "LoggedTick", "RobotLog", "config_digest", "read_about", "read_tick_fields", "read_ticks"]

@@ -130,6 +130,10 @@ def test_episodes_on_the_twin(policy, record, tmp_path, capfd):
         assert len(applied) >= result.episodes[seed].length
     assert read_video(out / "videos" / "episode_0.mp4").shape[1:] == (256, 256, 3)
     assert not (out / "videos" / "episode_1.mp4").exists()
+    page = (out / "deploy.html").read_text()
+    assert "2 episodes on the twin in real time" in page
+    assert "data:video/mp4;base64," in page
+    assert values["server"]["policy_digest"] in page
 
     assert deploy(policy, out, "--episodes", "1") == 1
     assert "holds a deployment already" in capfd.readouterr().err
