@@ -390,9 +390,19 @@ def test_interventions_keep_the_executed_action_beside_the_proposal_and_reach_th
         actions = torch.where(torch.from_numpy(human)[..., None], person, proposal)
         step = env.step(actions)
         source = np.where(human, Source.HUMAN, Source.POLICY)
-        ended = writer.add(obs, actions, step, proposals=proposal, source=source)
+        ended = writer.add(obs, actions, step, proposals=proposal, source=source, policy_version=t // 2)
         obs = step.obs
     assert ended.tolist() == [0, 1]
+    assert buffer.rows.policy_version[:8].tolist() == [0, 0, 1, -1] * 2
+    state = buffer.state_dict()
+    for rows in (state["ring"], state["running"]):
+        del rows["policy_version"]
+    later = ReplayBuffer(
+        ReplayConfig(60, 0.9), state_dim=3, action_dim=2, cameras={"agent": (2, 2)}, num_envs=2, max_episode_steps=3
+    )
+    later.load_state_dict(state)  # as it was written before replay knew of versions
+    assert (later.rows.policy_version == -1).all()
+    assert later.rows.source[:8].tolist() == buffer.rows.source[:8].tolist()
     seen = copy_episodes(buffer, demos, having=Source.HUMAN)
     assert seen == 2
     assert demos.num_episodes == 1
@@ -573,7 +583,7 @@ def test_stated_memory_is_what_is_used(tmp_path):
 
     buffer, used = measured(ReplayConfig(5000, 0.9))
     pictures = 5000 * 3 * (32 * 32 + 16 * 16)
-    row = 4 * (94 + 7 + 7 + 1 + 1) + 3 + 1 + 8 + 4 + 4 + 2 + 8 + 1
+    row = 4 * (94 + 7 + 7 + 1 + 1) + 3 + 1 + 8 + 4 + 4 + 4 + 2 + 8 + 1
     assert buffer.nbytes == 5000 * row + pictures  # float32 and uint8 throughout
     assert used == pytest.approx(buffer.nbytes, rel=0.01)
     buffer, used = measured(ReplayConfig(5000, 0.9, memory_map=str(tmp_path)))

@@ -20,7 +20,7 @@ class ReplayRows:
     executed, `proposals` what the policy had proposed. `reward` float32 [R], raw. `mc_return` float32 [R].
     `terminated`, `truncated` bool [R], set on an episode's last step. `success` bool [R], of the whole episode.
     `source` int8, `episode` int64, `step` int32, `instruction` int32 [R]. `observed`, `featured` bool [R]: the row has
-    an observation, its features. `policy_version` int64 [R]: updates that the policy which acted had seen, -1 where
+    an observation, its features. `policy_version` int32 [R]: updates that the policy which acted had seen, -1 where
     none did. `end` int64 [R]: row of the episode's final observation; its own where it is free.
     """
 
@@ -66,7 +66,7 @@ class ReplayRows:
             instruction=np.zeros(num_rows, np.int32),
             observed=flags(),
             featured=flags(),
-            policy_version=np.full(num_rows, -1, np.int64),
+            policy_version=np.full(num_rows, -1, np.int32),
             end=np.arange(num_rows),
             images={
                 camera: _pictures((num_rows, *size, 3), memory_map, camera) for camera, size in sorted(cameras.items())
