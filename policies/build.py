@@ -30,6 +30,7 @@ PolicyConfig = (
     | OpenVLAOFTTokensConfig
     | HFFlowConfig
     | HFTokenConfig
+    | Any  # of a policy from outside, whose module has called register_policy
 )
 
 

@@ -109,6 +109,8 @@ def _type(hint: Any) -> str:
         return f"mapping of {_type(arguments[0])} to {_type(arguments[1])}"
     if hint is type(None):
         return "None"
+    if hint is Any:  # of a union that takes registered configs from outside
+        return "[one of yours](add_a_policy.md)"
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return f"[{hint.__name__}](#{hint.__name__.lower()})"
     return getattr(hint, "__name__", str(hint))

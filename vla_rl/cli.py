@@ -46,7 +46,8 @@ USAGE = """vla-rl: take a vision-language-action policy from demonstrations to a
   vla-rl replay LOG --policy DIR             a policy's answers to an arm's log, against what was done there
   vla-rl checkpoint inspect DIR | convert FROM TO    public checkpoints: pi0, pi0.5, SmolVLA, OpenVLA
 
-  vla-rl COMMAND --help shows how to see all options; add --resume to go on with what was interrupted."""
+  vla-rl COMMAND --help shows how to see all options; add --resume to go on with what was interrupted.
+  --import MODULE, with any of them, imports a module that registers a policy of yours."""
 
 _HELP = {
     **{name: f"\n\nOptions depend on the recipe: vla-rl {name} demo --help" for name in WITH_RECIPE},
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest[:1] in (["-h"], ["--help"]) and name in _HELP:
             print(f"{USAGE}{_HELP[name]}", flush=True)
             return 0
+        rest = _import_named(name, rest)
         # torch and the simulator take seconds to import: not for a list of commands
         module = importlib.import_module(f"vla_rl.commands{'_eval' if name in EVALUATION else ''}")
         return getattr(module, f"{name}_command")(rest)
@@ -85,6 +87,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return _report_error(error)
+
+
+def _import_named(command: str, argv: list[str]) -> list[str]:
+    """Import what every `--import MODULE` names, which registers policies of yours, and return the other arguments."""
+    modules, rest = [], list(argv)
+    while "--import" in rest:
+        at = rest.index("--import")
+        if at + 1 == len(rest) or rest[at + 1].startswith("-"):
+            raise UsageError(f"{command}: --import needs the name of a module")
+        modules.append(rest[at + 1])
+        del rest[at : at + 2]
+    if modules:
+        from vla_rl.policies.checkpoints.outside import name_imports
+
+        name_imports(modules)
+    return rest
 
 
 def _report_error(error: Exception) -> int:

@@ -24,6 +24,7 @@ from vla_rl.command_options import (
 from vla_rl.configs import RECIPES, get_recipe
 from vla_rl.doctor import run_doctor
 from vla_rl.policies.checkpoints.openvla import OpenVLAOptions
+from vla_rl.policies.checkpoints.outside import import_options
 from vla_rl.real_robot.deploy_config import CAMERA_HZ, DeployConfig, TabletopScene
 from vla_rl.serving.config import ServerConfig, read_api_key, require_serving
 from vla_rl.train.check import check_recipe
@@ -146,7 +147,7 @@ def sft_command(argv: list[str]) -> int:
     o = parse_with_recipe(SftOptions, argv, "sft")
     check_recipe(o.recipe, stored_policy=o.policy_dir is not None)
     if _starts_learners(o.learners, "sft"):
-        return run_learners(["sft", *argv], o.learners)
+        return run_learners(["sft", *argv, *import_options()], o.learners)
     join_learners()
     inputs = {"dataset": o.dataset, "policy": o.policy_dir}
     wait_for_all(lambda: open_run_folder(o.run_dir, o.recipe, resume=o.resume, kind="sft", inputs=inputs))
@@ -193,7 +194,7 @@ def train_command(argv: list[str]) -> int:
     if isinstance(o.recipe.train, OffPolicyConfig) and (starts or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         raise UsageError("train: several learners are for on-policy recipes; start this one with one learner")
     if starts:
-        return run_learners(["train", *argv], o.learners)
+        return run_learners(["train", *argv, *import_options()], o.learners)
     join_learners()
     inputs = {"policy": o.policy_dir, "dataset": o.dataset}
     wait_for_all(lambda: open_run_folder(o.run_dir, o.recipe, resume=o.resume, kind="train", inputs=inputs))

@@ -1,4 +1,8 @@
-"""Frozen dataclass configs to JSON values and strictly back."""
+"""Frozen dataclass configs to JSON values and strictly back.
+
+A union of configs with `Any` among its members is open: it takes registered configs from outside of the project too,
+which are written with their name, {"class": "module:Class", ...} (`outside.py`).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+from vla_rl.policies.checkpoints.outside import class_name, config_class_named, how_to_import, is_registered
+
 T = TypeVar("T")
+_CLASS = "class"  # a keyword, so no field has this name
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -45,7 +52,8 @@ def config_from_dict(config_class: type[T], values: Mapping[str, Any], where: st
 
 def _to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return config_to_dict(value)
+        named = {_CLASS: class_name(type(value))} if is_registered(type(value)) else {}
+        return named | config_to_dict(value)
     if isinstance(value, (tuple, list)):
         return [_to_plain(v) for v in value]
     if isinstance(value, Mapping):
@@ -58,10 +66,13 @@ def _to_plain(value: Any) -> Any:
 def _from_plain(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return config_from_dict(hint, value, where)
+        own = is_registered(hint) and isinstance(value, Mapping) and value.get(_CLASS) == class_name(hint)
+        return config_from_dict(hint, {k: v for k, v in value.items() if k != _CLASS} if own else value, where)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
+        if Any in arguments and isinstance(value, Mapping) and _CLASS in value:
+            return _from_plain(_registered(value[_CLASS], where), value, where)
         return _from_plain(_alternative(arguments, value, where), value, where)
     if origin is Literal:
         if value not in arguments:
@@ -80,10 +91,19 @@ def _from_plain(hint: Any, value: Any, where: str) -> Any:
     raise ValueError(f"{where}: expected {hint}, got {value!r}")
 
 
+def _registered(name: Any, where: str) -> type:
+    found = config_class_named(name) if isinstance(name, str) else None
+    if found is None:
+        raise ValueError(
+            f"{where}: {name!r} is not a class of vla_rl and is not registered; {how_to_import(str(name))}"
+        )
+    return found
+
+
 def _alternative(alternatives: tuple[Any, ...], value: Any, where: str) -> Any:
     """The member of a union that `value` was written from: the one with just its keys, or, where fields were added
     since, the one that has them all and the fewest more."""
-    choices = [a for a in alternatives if a is not type(None)]
+    choices = [a for a in alternatives if a not in (type(None), Any)]
     if len(choices) == 1 or not isinstance(value, Mapping):
         return choices[0]
     names = {choice: {f.name for f in dataclasses.fields(choice)} for choice in choices}

@@ -22,6 +22,7 @@ from vla_rl.core import EnvSpec
 from vla_rl.policies.adaptation import load_precision, plain_state_dict
 from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
 from vla_rl.policies.checkpoints.config_json import config_from_dict, config_to_dict
+from vla_rl.policies.checkpoints.outside import how_to_import, import_named, register_config
 
 WEIGHTS_FILE, CONFIG_FILE = "policy.safetensors", "config.json"
 FORMAT = "vla_rl.policy.v1"
@@ -51,11 +52,13 @@ class PolicyCheckpointError(ValueError):
 
 
 def register_policy(name: str, policy_class: type, config_class: type) -> None:
-    """Make policies of `policy_class` storable under `name`. Its constructor takes one `config_class`, a frozen
-    dataclass of JSON values, and keeps it as `config`. Raises ValueError where the name is taken."""
+    """Make policies of `policy_class` storable under `name`, and their configs part of recipes. Its constructor takes
+    one `config_class`, a frozen dataclass of JSON values, and keeps it as `config`. Raises ValueError where the name is
+    taken."""
     if name in _REGISTRY and _REGISTRY[name] != (policy_class, config_class):
         raise ValueError(f"a policy {name!r} is registered already; choose another name")
     _REGISTRY[name] = (policy_class, config_class)
+    register_config(config_class)
 
 
 def policy_class_of(config: Any) -> type:
@@ -64,7 +67,10 @@ def policy_class_of(config: Any) -> type:
     for policy_class, config_class in _REGISTRY.values():
         if config_class is type(config) or config_class == own:
             return _resolve(policy_class)
-    raise TypeError(f"{type(config).__name__} is not the config of a registered policy, known are {sorted(_REGISTRY)}")
+    raise TypeError(
+        f"{type(config).__name__} is not the config of a registered policy, known are {sorted(_REGISTRY)}; "
+        "call register_policy(name, policy_class, config_class) in the module of yours"
+    )
 
 
 def save_policy(
@@ -115,7 +121,7 @@ def load_policy(folder: str | Path, *, device: torch.device | str = "cpu", spec:
 
 def build_described(description: Mapping[str, Any], folder: Path) -> nn.Module:
     """The policy that `description` is of, with new weights. Raises PolicyCheckpointError where it cannot be built."""
-    policy_class, config_class = _classes(description["class"], folder)
+    policy_class, config_class = _classes(description["class"], description.get("module", ""), folder)
     try:
         return policy_class(config_from_dict(config_class, description["config"], where="config"))
     except ValueError as error:
@@ -136,10 +142,12 @@ def _describe(policy: nn.Module, spec: EnvSpec | None, metadata: dict[str, Any])
             f"{type(policy).__name__} is not a registered policy, so it could not be loaded again; "
             "call vla_rl.policies.checkpoints.native.register_policy(name, policy_class, config_class) first"
         )
+    is_ours = isinstance(_REGISTRY[name][0], str)
     kinds = {n: m.kind for n, m in policy.named_modules() if isinstance(m, NormalizerBuffers)}
     return {
         "format": FORMAT,
         "class": name,
+        **({} if is_ours else {"module": type(policy).__module__}),
         "config": config_to_dict(policy.config),
         "normalization": kinds,
         "spec": None if spec is None else config_to_dict(spec),
@@ -147,11 +155,14 @@ def _describe(policy: nn.Module, spec: EnvSpec | None, metadata: dict[str, Any])
     }
 
 
-def _classes(name: str, folder: Path) -> tuple[Any, Any]:
+def _classes(name: str, module: str, folder: Path) -> tuple[Any, Any]:
+    """`module`: of a class from outside, as the folder says."""
+    if name not in _REGISTRY:
+        import_named()
     if name not in _REGISTRY:
         raise PolicyCheckpointError(
             f"{folder}: unknown policy class {name!r}, known are {sorted(_REGISTRY)}; "
-            "import the module that registers it (register_policy) before loading"
+            + (how_to_import(module) if module else "import the module that registers it (register_policy) first")
         )
     policy_class, config_class = (_resolve(entry) for entry in _REGISTRY[name])
     return policy_class, config_class

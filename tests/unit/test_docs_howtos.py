@@ -6,13 +6,16 @@ with smaller numbers. docs/add_a_task.md has a test of its own.
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,12 +24,13 @@ import numpy as np
 import pytest
 import torch
 
+from vla_rl.cli import main
 from vla_rl.envs.tabletop import make_tabletop
 from vla_rl.evaluation.evaluate import evaluate
 from vla_rl.evaluation.result import EvalResult
 from vla_rl.flow.sampler import GaussianSampler
 from vla_rl.onpolicy import PPO, PPOConfig
-from vla_rl.policies.checkpoints import native
+from vla_rl.policies.checkpoints import native, outside
 from vla_rl.policies.checkpoints.native import load_policy, save_policy
 from vla_rl.policies.gaussian import GaussianMLP, GaussianMLPConfig
 from vla_rl.protocols import GaussianPolicy, HasSupervisedLoss, PolicyInputs, chunk_shape
@@ -151,21 +155,103 @@ def test_policy_is_scored_as_it_was_drawn(policy: Any):
     assert metrics["update/actor_steps"] > 0
 
 
-def test_all_stages_of_the_policy(import_listing: Import):
-    import_listing("add_a_policy.md", "primitive")
-    smaller = (
-        ("num_episodes=50", "num_episodes=4, num_envs=4"),
-        ("num_updates=300, batch_size=64", "num_updates=60, batch_size=16"),
-        ("num_iterations=20", "num_iterations=1"),
-        ("num_envs=64", "num_envs=4"),
-        ("PPOConfig(", "PPOConfig(num_decisions=2, "),
-        ("range(64)", "range(4)"),
-    )
-    names = run_listing(listings("add_a_policy.md", "py")[0], "add_a_policy.md", smaller)
+SMALLER = (
+    ("num_episodes=50", "num_episodes=4, num_envs=4"),
+    ("num_updates=300, batch_size=64", "num_updates=60, batch_size=16"),
+    ("num_iterations=20", "num_iterations=1"),
+    ("num_envs=64", "num_envs=4"),
+    ("PPOConfig(", "PPOConfig(num_decisions=2, "),
+    ("num_episodes=64", "num_episodes=4, num_videos=0"),
+)
+
+
+@pytest.fixture
+def primitive_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Both listings as files in the working folder, the recipe with smaller numbers; nothing of them is imported."""
+    recipe = listings("add_a_policy.md", "py")[0]
+    for said, here in SMALLER:
+        assert said in recipe
+        recipe = recipe.replace(said, here)
+    importlib.import_module("vla_rl.data.demos")  # a default of it is the sys.stderr of now, and not one of capsys
+    (tmp_path / "primitive.py").write_text(listings("add_a_policy.md", "python")[0])
+    (tmp_path / "primitive_recipe.py").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(native, "_REGISTRY", dict(native._REGISTRY))
+    monkeypatch.setattr(outside, "_CONFIGS", {})
+    monkeypatch.setenv(outside.IMPORTS, "")
+    yield tmp_path
+    for name in ("primitive", "primitive_recipe"):
+        sys.modules.pop(name, None)
+
+
+def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process."""
+    native._REGISTRY.pop("primitive", None)
+    outside._CONFIGS.clear()
+    for name in ("primitive", "primitive_recipe"):
+        sys.modules.pop(name, None)
+    monkeypatch.setenv(outside.IMPORTS, "")
+
+
+def test_the_commands_of_the_policy(
+    primitive_files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    page = (DOCS / "add_a_policy.md").read_text()
+    whole, wider, evaluated = re.findall(r"^    vla-rl (.*)$", page, flags=re.MULTILINE)
+    assert main(whole.split()) == 0
     losses = [row["sft/loss"] for row in read_metrics(Path("runs/primitive/sft"))]
     assert losses[-1] < 0.7 * losses[0]
-    assert names["learned"].num_iterations == 1
-    assert names["result"].success_once.n == 4
+    stored = json.loads(Path("runs/primitive/config.json").read_text())["policy"]
+    assert stored["class"] == "primitive:PrimitiveConfig"
+    assert json.loads(Path("runs/primitive/rl/policy/config.json").read_text())["module"] == "primitive"
+    assert main([*whole.split(), "--resume"]) == 0
+    assert main([*whole.split(), "--resume", "--policy.num-bumps", "5"]) == 1
+    assert "policy.num_bumps was 3 and is 5" in capsys.readouterr().err
+    assert main(wider.split()) == 0
+    assert native.load_policy("runs/more_bumps/rl/policy").config.num_bumps == 5  # pyright: ignore
+
+    _forget(monkeypatch)
+    asked = evaluated.split()
+    without = [word for word in asked if word not in ("--import", "primitive")]
+    assert main(without) == 1
+    assert "--import primitive on the command line" in capsys.readouterr().err
+    assert main(["checkpoint", "inspect", "runs/primitive/rl/policy"]) == 1
+    assert "unknown policy class 'primitive'" in capsys.readouterr().err
+    assert "primitive" not in sys.modules  # naming is not importing
+    assert main(asked) == 0
+    assert os.environ[outside.IMPORTS] == "primitive"  # which the processes of a command inherit
+    result = EvalResult.load(Path("runs/eval"))
+    assert result.episodes == EvalResult.load(Path("runs/primitive/evaluation/rl")).episodes
+
+
+def test_reinforcement_of_the_policy_goes_on_in_a_new_process(primitive_files: Path, monkeypatch: pytest.MonkeyPatch):
+    assert main(["demos", "primitive_recipe:reach", "--out", "demos"]) == 0
+    assert main(["sft", "primitive_recipe:reach", "--dataset", "demos", "--run-dir", "sft"]) == 0
+    command = ["train", "primitive_recipe:reach", "--policy", "sft/policy"]
+    assert main([*command, "--run-dir", "once", "--train.num-iterations", "3"]) == 0
+    assert main([*command, "--run-dir", "twice", "--train.num-iterations", "1"]) == 0
+    _forget(monkeypatch)
+    assert main([*command, "--run-dir", "twice", "--train.num-iterations", "3", "--resume"]) == 0
+    once, twice = (native.load_policy(f"{name}/policy").state_dict() for name in ("once", "twice"))
+    for name, value in once.items():
+        torch.testing.assert_close(twice[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_the_processes_of_an_evaluation_know_the_policy(primitive_files: Path):
+    """Nothing but the option names the module, here and in both of its workers."""
+    code = "import sys, torch, primitive as p; from vla_rl.policies.checkpoints.native import save_policy as save\n"
+    code += "from vla_rl.envs.tabletop import make_tabletop as make\n"
+    code += "spec = make('reach', 1, privileged_state=True, num_threads=1).spec\n"
+    code += "save(p.Primitive(p.PrimitiveConfig(spec.state_dim, spec.action.dim)), 'policy', spec=spec)\n"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=primitive_files)
+    cli = [sys.executable, "-c", "import sys; from vla_rl.cli import main; sys.exit(main())"]
+    asked = ["eval", "--import", "primitive", "--policy", "policy", "--suite", "reach", "--privileged-state", "True"]
+    few = ["--episodes", "4", "--num-envs", "2", "--workers", "2", "--num-videos", "0", "--out", "out"]
+    done = subprocess.run([*cli, *asked, *few], cwd=primitive_files, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(EvalResult.load(primitive_files / "out").episodes) == 4
 
 
 # -------------------------------------------------------------------------------------------------- add_an_algorithm.md
