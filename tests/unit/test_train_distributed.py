@@ -170,7 +170,9 @@ def test_metrics_of_learners_merge():
         ("demo", None, RolloutConfig(workers=3, policy_batch_size=80), "do not divide into slices of 80"),
         ("demo", None, RolloutConfig(policy_batch_size=7), "divisor of the 160 environments"),
         ("demo", GRPOConfig(), RolloutConfig(workers=2, max_staleness=1), "max_staleness is for PPO"),
-        ("maze_wsrl", None, RolloutConfig(workers=2), "learns from replay"),
+        ("maze_wsrl", None, RolloutConfig(workers=2), "1 environments do not divide"),
+        ("maze_wsrl", None, RolloutConfig(workers=1, inference="shared"), "learns from replay"),
+        ("maze_td3_bc", None, RolloutConfig(workers=1), "nobody collects"),
     ],
 )
 def test_rollouts_that_a_recipe_cannot_have(name, algorithm, rollout, message):
