@@ -128,7 +128,7 @@ def _episodes(rows: Sequence[Mapping[str, Any]], result: EvalResult | None) -> s
     cells = [
         [
             f"{row['seed']} <small>{escape(instructions.get(row['seed'], ''))}</small>",
-            "stopped" if row["stop_reason"] else outcome(row["success"]),
+            _outcome(row),
             *(str(row[name]) for name in ("steps", "held", "clamped", "failures")),
             f"{row['latency_p99_ms']:.0f}&nbsp;ms",
             f"{row['late_p99_ms']:.1f}&nbsp;ms",
@@ -141,6 +141,10 @@ def _episodes(rows: Sequence[Mapping[str, Any]], result: EvalResult | None) -> s
         "tick, after its deadline. A click on a column sorts."
     )
     return section("Episodes", html_table(header, cells, kind="sortable") if cells else "", hint)
+
+
+def _outcome(row: Mapping[str, Any]) -> str:
+    return "stopped" if row["stop_reason"] else outcome(row["success"])
 
 
 def _modes(ticks: Mapping[int, _Ticks]) -> str:
@@ -254,7 +258,7 @@ def _videos(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         path, name = folder / "videos" / f"episode_{row['seed']}.mp4", f"seed {row['seed']}"
         if path.is_file() and (url := budget.embed(path.read_bytes(), "video/mp4")) is not None:
-            said = f"{outcome(row['success'])} <small>{name}, {row['steps']} steps</small>"
+            said = f"{_outcome(row)} <small>{name}, {row['steps']} steps</small>"
             cards += f'<figure class="clip">{video_element(url, name)}<figcaption>{said}</figcaption></figure>'
     body = f'<div class="clips">{cards}</div>{budget.note()}' if cards else ""
     return section(
