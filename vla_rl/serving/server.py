@@ -7,6 +7,7 @@ server: its next one is read when the last is answered, so the socket's buffer i
 from __future__ import annotations
 
 import asyncio
+import gc
 import hmac
 import itertools
 import json
@@ -81,6 +82,7 @@ class PolicyServer:
     # ------------------------------------------------------------------------------------------------------ lifecycle
     def run(self) -> None:
         """Serve until Ctrl-C or SIGTERM; SIGHUP reads the policy's folder again."""
+        gc.freeze()  # what is imported and loaded stays: no collection in between, or at the end, goes through it
         asyncio.run(self._main(Future(), signals=True))
 
     def start(self) -> str:
