@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from vla_rl.envs.config import EnvConfig
 from vla_rl.policies.checkpoints.config_json import config_to_dict
-from vla_rl.real_robot.loop_config import LoopConfig
+from vla_rl.real_robot.loop_config import HEARTBEAT_S, MAX_PLAN_AGE_S, LoopConfig
 from vla_rl.real_robot.safety import SafetyConfig
 from vla_rl.train.recipe import Recipe
 
@@ -40,11 +40,11 @@ class DeployConfig:
     periods_ahead: float = 0.2
     max_state_age_s: float = SafetyConfig.max_state_age_s
     max_picture_age_s: float = LoopConfig.max_picture_age_s
-    max_plan_age_s: float = 0.2
+    max_plan_age_s: float = MAX_PLAN_AGE_S
     grace_s: float = LoopConfig.grace_s
     silence_s: float = 0.12
     reply_s: float = 0.5
-    heartbeat_s: float = 0.06
+    heartbeat_s: float = HEARTBEAT_S
     num_videos: int = 3
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vla_rl.real_robot.loop_config import HEARTBEAT_S
 from vla_rl.serving.client import PolicyClient, PolicyServerError
 from vla_rl.serving.messages import pack, unpack
 
@@ -96,7 +97,7 @@ class ServerConfig:
     api_key: str | None = None
     connect_timeout_s: float = 5.0
     timeout_s: float = 1.0
-    heartbeat_s: float | None = 0.06
+    heartbeat_s: float | None = HEARTBEAT_S
     retry_s: float = 0.2
 
 

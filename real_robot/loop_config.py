@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from vla_rl.serving.broker import BrokerConfig
 
+HEARTBEAT_S = 0.06  # longest wait for a policy server to answer a ping
+MAX_PLAN_AGE_S = 0.2  # of whoever deploys, but in mode sync, where the arm waits
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -32,4 +35,4 @@ class LoopConfig:
             raise ValueError(f"LoopConfig: times and tolerances must be positive, got {self}")
 
 
-__all__ = ["LoopConfig"]
+__all__ = ["HEARTBEAT_S", "MAX_PLAN_AGE_S", "LoopConfig"]

@@ -23,6 +23,7 @@ import pytest
 from tests.unit import rclpy_stand_in
 from vla_rl.real_robot.control_loop import LoopReport, Tick
 from vla_rl.real_robot.deploy_config import DeployConfig
+from vla_rl.real_robot.inference import ServerConfig
 from vla_rl.real_robot.interfaces import ArmState, Command, Picture
 from vla_rl.real_robot.kinematics import ForwardKinematics
 from vla_rl.real_robot.loop_config import LoopConfig
@@ -230,6 +231,10 @@ def test_limits_are_those_of_the_bridge():
         assert made.loop.max_picture_age_s == config.max_picture_age_s
         assert made.loop.grace_s == config.grace_s
     assert made.safety.max_state_age_s == SafetyConfig().max_state_age_s == deployed.max_state_age_s
+    assert made.loop.max_plan_age_s == deployed.max_plan_age_s
+    assert made.server.heartbeat_s == ServerConfig("").heartbeat_s == deployed.heartbeat_s
+    sync = settings.make_settings(settings.read_yaml(PACKAGE / "config/twin.yaml") | {"policy.mode": "sync"})
+    assert sync.loop.max_plan_age_s is None  # the arm waits for the policy then
     own = {"loop.max_picture_age_s": 0.3, "safety.max_state_age_s": 0.2}  # a camera of 5 Hz, a slow network
     made = settings.make_settings(settings.read_yaml(PACKAGE / "config/twin.yaml") | own)
     assert (made.loop.max_picture_age_s, made.safety.max_state_age_s) == (0.3, 0.2)

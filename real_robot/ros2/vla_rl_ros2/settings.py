@@ -22,7 +22,7 @@ from vla_rl.real_robot.drivers.ros2_control import Ros2ControlConfig
 from vla_rl.real_robot.inference import ServerConfig
 from vla_rl.real_robot.interfaces import ArmSpec, Vector
 from vla_rl.real_robot.kinematics import Chain, ForwardKinematics, chain_from_dh
-from vla_rl.real_robot.loop_config import LoopConfig
+from vla_rl.real_robot.loop_config import HEARTBEAT_S, MAX_PLAN_AGE_S, LoopConfig
 from vla_rl.real_robot.safety import SafetyConfig
 from vla_rl.real_robot.takeover import InverseKinematics, TakeoverConfig
 from vla_rl.serving.broker import BrokerConfig
@@ -60,6 +60,7 @@ DEFAULTS: dict[str, Value] = {
     "policy.url": "ws://127.0.0.1:8000",
     "policy.api_key": "",
     "policy.timeout_s": 1.0,
+    "policy.heartbeat_s": HEARTBEAT_S,
     "policy.action": "joint_targets",
     "policy.max_step": 0.05,
     "policy.mode": "async",
@@ -74,6 +75,7 @@ DEFAULTS: dict[str, Value] = {
     "takeover.deadman_button": 0,
     "takeover.gripper_button": 1,
     **{f"loop.{name}": getattr(LoopConfig, name) for name in _LOOP},
+    "loop.max_plan_age_s": MAX_PLAN_AGE_S,  # but in mode sync, where the arm waits
     "record.path": "",
 }
 
@@ -171,8 +173,14 @@ def make_settings(parameters: Mapping[str, Any]) -> Settings:
                 prompt=p["task"],
                 broker=BrokerConfig(spec.rate_hz, p["policy.mode"], p["policy.execution_horizon"]),
                 **{name: p[f"loop.{name}"] for name in _LOOP},
+                max_plan_age_s=None if p["policy.mode"] == "sync" else p["loop.max_plan_age_s"],
             ),
-            server=ServerConfig(p["policy.url"], p["policy.api_key"] or None, timeout_s=p["policy.timeout_s"]),
+            server=ServerConfig(
+                p["policy.url"],
+                p["policy.api_key"] or None,
+                timeout_s=p["policy.timeout_s"],
+                heartbeat_s=p["policy.heartbeat_s"],
+            ),
             cameras=dict(_camera(text) for text in _names(p["input.cameras"])),
             joy=p["input.joy"],
             action=_one_of("policy.action", p["policy.action"], ACTIONS),
