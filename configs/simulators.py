@@ -149,7 +149,10 @@ def robosuite_lift() -> Recipe:
 
 def libero_object() -> Recipe:
     """LIBERO-Object's first task from one camera: 20 noisy demonstrations for the tiny VLA, then a critic from them and
-    WSRL, as `vla_offline_to_online`; disjoint initial states."""
+    WSRL, as `vla_offline_to_online`; disjoint initial states.
+
+    Fine-tuning is long: after 900 updates the policy had 71%, and later stages brought 98% without any reward, by
+    imitating on."""
     chunk = 8
     start = vla_offline_to_online()
     assert isinstance(start.train, OffPolicyConfig)
@@ -172,6 +175,7 @@ def libero_object() -> Recipe:
         env=LiberoConfig(cameras=("agentview",), image_size=64, fast_pictures=True, num_workers=2),
         demos=DemosConfig(num_episodes=20, num_envs=2, expert=RemoteExpertConfig(action_noise=0.1)),
         policy=TinyVLAConfig(action_horizon=chunk),
+        sft=replace(start.sft, num_updates=3_000),
         train=replace(
             start.train,
             horizon=chunk,

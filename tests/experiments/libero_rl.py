@@ -1,4 +1,4 @@
-"""Learning experiment: the tiny VLA on three LIBERO tasks, fine-tuned on 20 demonstrations, then WSRL.
+"""Learning experiment: the tiny VLA on three LIBERO tasks, fine-tuned on few demonstrations, then WSRL.
 
     make experiment NAME=libero_rl ARGS="--task object"      # or spatial, goal: an hour a seed on two cores
 
@@ -22,14 +22,15 @@ from vla_rl.train.offpolicy import OffPolicyConfig
 NUM_ENVS = 8
 
 
-def _experiment(task: str) -> Experiment:
+def _experiment(task: str, num_demos: int) -> Experiment:
     recipe = get_recipe("libero_object")
     assert isinstance(recipe.env, LiberoConfig)
     assert isinstance(recipe.train, OffPolicyConfig)
-    recipe = replace(recipe, env=replace(recipe.env, task=task))
+    demos = replace(recipe.demos, num_episodes=num_demos)
+    recipe = replace(recipe, env=replace(recipe.env, task=task), demos=demos)
     return Experiment(
         name=f"libero_rl/{task.replace('/', '_')}",
-        title=f"{task}: twenty demonstrations, then WSRL",
+        title=f"{task}: {num_demos} demonstrations, then WSRL",
         prepare=start_of(recipe),
         make_env=envs_of(recipe),
         methods={
@@ -47,9 +48,9 @@ def _experiment(task: str) -> Experiment:
 
 
 TASKS = {"object": "OBJECT", "spatial": "SPATIAL", "goal": "GOAL"}
-OBJECT = _experiment("libero_object/0")
-SPATIAL = _experiment("libero_spatial/0")
-GOAL = _experiment("libero_goal/2")
+OBJECT = _experiment("libero_object/0", num_demos=3)
+SPATIAL = _experiment("libero_spatial/0", num_demos=10)
+GOAL = _experiment("libero_goal/2", num_demos=10)
 
 
 if __name__ == "__main__":
