@@ -169,6 +169,7 @@ def libero_object() -> Recipe:
         observe_every_step=False,
         env_steps_per_iteration=1_600,
         eval_interval=0,  # a hundred episodes are as many control steps as all of this
+        checkpoint_interval=2,  # an iteration takes a minute
     )
     return replace(
         start,
