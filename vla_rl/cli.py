@@ -91,18 +91,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _import_named(command: str, argv: list[str]) -> list[str]:
     """Import what every `--import MODULE` names, which registers policies of yours, and return the other arguments."""
-    modules, rest = [], list(argv)
-    while "--import" in rest:
-        at = rest.index("--import")
-        if at + 1 == len(rest) or rest[at + 1].startswith("-"):
-            raise UsageError(f"{command}: --import needs the name of a module")
-        modules.append(rest[at + 1])
-        del rest[at : at + 2]
+    modules: list[str] = []
+    module, rest = take_option(argv, "--import", command)
+    while module is not None:
+        modules.append(module)
+        module, rest = take_option(rest, "--import", command)
     if modules:
         from vla_rl.policies.checkpoints.outside import name_imports
 
         name_imports(modules)
     return rest
+
+
+def take_option(argv: list[str], option: str, command: str = "eval") -> tuple[str | None, list[str]]:
+    """The value after `option`, which is read before all others, and the rest. Raises UsageError without a value."""
+    if option not in argv:
+        return None, argv
+    at = argv.index(option)
+    if at + 1 == len(argv) or argv[at + 1].startswith("-"):
+        raise UsageError(f"{command}: {option} needs a value")
+    return argv[at + 1], argv[:at] + argv[at + 2 :]
 
 
 def _report_error(error: Exception) -> int:

@@ -62,14 +62,3 @@ def recipe_of_run(policy: Path) -> Recipe | None:
 def set_threads(recipe: Recipe) -> None:
     """Small networks on a busy CPU are many times slower with two threads than with one."""
     torch.set_num_threads(recipe.torch_threads)
-
-
-def take_option(argv: list[str], option: str, command: str = "eval") -> tuple[str | None, list[str]]:
-    """The value after `option`, which decides the defaults of all others, and the rest. Raises UsageError without a
-    value."""
-    if option not in argv:
-        return None, argv
-    at = argv.index(option)
-    if at + 1 == len(argv) or argv[at + 1].startswith("-"):
-        raise UsageError(f"{command}: {option} needs a value")
-    return argv[at + 1], argv[:at] + argv[at + 2 :]

@@ -12,14 +12,13 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from vla_rl.cli import UsageError
+from vla_rl.cli import UsageError, take_option
 from vla_rl.command_options import (
     UNSET,
     RecipeFields,
     parse,
     parse_with_recipe,
     required_recipe,
-    take_option,
 )
 from vla_rl.configs import RECIPES, get_recipe
 from vla_rl.doctor import run_doctor

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import tyro
 
-from vla_rl.cli import UsageError
+from vla_rl.cli import UsageError, take_option
 from vla_rl.command_options import (
     UNSET,
     RecipeFields,
@@ -20,7 +20,6 @@ from vla_rl.command_options import (
     recipe_of_run,
     required_recipe,
     set_threads,
-    take_option,
 )
 from vla_rl.configs import RECIPES, get_recipe
 from vla_rl.configs.suites import SUITES, get_suite, list_suites
@@ -196,7 +195,6 @@ def _evaluate_on_twin(suite: Suite, actor: Actor, o: EvalSuiteOptions, config: H
     url = actor.url if isinstance(actor, ServedPolicy) else ""
     options = replace(o.twin, episodes=suite.num_episodes, server=url, num_videos=o.num_videos)
     result = deploy(scene, actor.folder if isinstance(actor, StoredPolicy) else None, o.out, options)
-    write_provenance(o.out)
     print(f"report: {write_eval_report(o.out, suite.criterion)}", file=sys.stderr)
     return result
 

@@ -104,11 +104,12 @@ class ReplayActor:
         return Round(obs, actions, step, policy_version)
 
     def state_dict(self) -> dict[str, Any]:
-        obs = self._obs
-        seen = None if obs is None else {"images": dict(obs.images), "state": obs.state}
+        seen = None
+        if (obs := self._obs) is not None:
+            seen = {"images": dict(obs.images), "state": obs.state, "instruction": list(obs.instruction)}
         return {
             "env": self.env.state_dict(),
-            "obs": None if obs is None or seen is None else seen | {"instruction": list(obs.instruction)},
+            "obs": seen,
             "plan": self._plan,
             "phase": self._phase,
             "num_env_steps": self.num_env_steps,
