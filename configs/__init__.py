@@ -21,6 +21,7 @@ RECIPES = {
     "tabletop_flow_sde": "vla_rl.configs.tabletop_flow:flow_sde",
     "tabletop_flow_noise": "vla_rl.configs.tabletop_flow:flow_noise",
     "vla_offline_to_online": "vla_rl.configs.offpolicy:vla_offline_to_online",
+    "twin_hil": "vla_rl.configs.offpolicy:twin_hil",
     "pi0": "vla_rl.configs.vla:pi0",
     "pi05": "vla_rl.configs.vla:pi05",
     "smolvla": "vla_rl.configs.vla:smolvla",

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from vla_rl.configs.demo import demo
 from vla_rl.data.replay import ReplayConfig, SamplingWeights
+from vla_rl.envs.twin import TwinEnvConfig
 from vla_rl.offpolicy.calql import ConservativeConfig
 from vla_rl.offpolicy.critics import EnsembleReduction, MLPCriticConfig
 from vla_rl.offpolicy.improvement import ImprovementConfig
@@ -13,7 +14,7 @@ from vla_rl.offpolicy.pa_rl import CriticAgentConfig
 from vla_rl.offpolicy.policy_learner import PolicyLearnerConfig
 from vla_rl.policies.tiny import TinyVLAConfig
 from vla_rl.train.offpolicy import OfflineConfig, OffPolicyConfig, OnlineConfig
-from vla_rl.train.recipe import Recipe
+from vla_rl.train.recipe import EvalConfig, Recipe
 
 HORIZON = 4  # the critic's chunk is the one that is executed
 
@@ -61,3 +62,31 @@ def vla_offline_to_online() -> Recipe:
         ),
     )
     return replace(start, policy=TinyVLAConfig(action_horizon=8), train=train)
+
+
+def twin_hil() -> Recipe:
+    """The tiny VLA on the digital twin's arm, in real time, with a person who takes over (`--env.operator keyboard`):
+    SFT on demonstrations of the simulator, then RL from replay, half of it demonstrations and the person's steps.
+
+    As `vla_offline_to_online` online; 4800 control steps are some ten minutes with the resets and updates."""
+    start = vla_offline_to_online()
+    assert isinstance(start.train, OffPolicyConfig)
+    assert start.train.online is not None
+    assert start.train.online_agent is not None
+    online = replace(
+        start.train.online,
+        num_env_steps=4_800,
+        num_envs=1,
+        warmup_env_steps=480,
+        offline_ratio=0.5,
+        intervention_rows=5_000,
+        env_steps_per_iteration=480,
+        eval_interval=0,  # there is one arm
+        checkpoint_interval=2,
+    )
+    return replace(
+        start,
+        env=TwinEnvConfig(),
+        train=replace(start.train, agent=start.train.online_agent, online_agent=None, offline=None, online=online),
+        evaluation=EvalConfig(num_episodes=24, num_envs=1, policy_batch_size=1),
+    )

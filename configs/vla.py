@@ -91,25 +91,29 @@ def openvla() -> Recipe:
     return replace(start, train=replace(start.train, execution_horizon=1))
 
 
+def _many_decisions(recipe: Recipe, learning_rate: float) -> Recipe:
+    """OpenVLA-OFT's decisions are cheap beside the update's passes: more of them and fewer epochs learn more in the
+    same time."""
+    assert isinstance(recipe.train, TrainConfig)
+    assert isinstance(recipe.train.algorithm, PPOConfig)
+    actor = replace(recipe.train.algorithm.actor, learning_rate=learning_rate, num_epochs=2, minibatch_size=1024)
+    algorithm = replace(recipe.train.algorithm, actor=actor)
+    return replace(recipe, train=replace(recipe.train, num_envs=128, num_iterations=40, algorithm=algorithm))
+
+
 def openvla_oft_tokens() -> Recipe:
     """OpenVLA-OFT, tiny, on reach: chunks of tokens decoded at once; PPO on tokens."""
     policy = OpenVLAOFTTokensConfig(action_horizon=EXECUTED, chunk_dim=4, body=_OFT)
-    return _longer(_reach(policy, TokenSamplerConfig(temperature=0.5)))
+    return _many_decisions(_longer(_reach(policy, TokenSamplerConfig(temperature=0.5))), 3e-5)
 
 
 def openvla_oft() -> Recipe:
     """OpenVLA-OFT, tiny, on reach: the L1 regression head, explored by a Laplace density; PPO.
 
-    The density is narrow, so that the first step at a rate of 1e-4 moves the policy by a KL of 0.5; its decisions are
-    cheap beside the update's passes, so that more of them and fewer epochs learn more in the same time.
+    The density is narrow, so that the first step at a rate of 1e-4 moves the policy by a KL of 0.5.
     """
     policy = OpenVLAOFTConfig(action_horizon=EXECUTED, chunk_dim=4, body=_OFT)
-    start = _longer(_reach(policy, GaussianSamplerConfig()))
-    assert isinstance(start.train, TrainConfig)
-    assert isinstance(start.train.algorithm, PPOConfig)
-    actor = replace(start.train.algorithm.actor, learning_rate=5e-5, num_epochs=2, minibatch_size=1024)
-    algorithm = replace(start.train.algorithm, actor=actor)
-    return replace(start, train=replace(start.train, num_envs=128, num_iterations=40, algorithm=algorithm))
+    return _many_decisions(_longer(_reach(policy, GaussianSamplerConfig())), 5e-5)
 
 
 __all__ = ["openvla", "openvla_oft", "openvla_oft_tokens", "pi0", "pi05", "smolvla"]

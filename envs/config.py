@@ -13,6 +13,7 @@ from vla_rl.envs.perturbed import Perturbation, PerturbedEnv
 from vla_rl.envs.point_maze import make_point_maze
 from vla_rl.envs.robosuite import RobosuiteConfig
 from vla_rl.envs.tabletop import make_tabletop
+from vla_rl.envs.twin import TwinEnvConfig
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.sim.scene import SceneConfig
 from vla_rl.sim.shift import SceneShift
@@ -139,6 +140,7 @@ SimulatorConfig = (
     | MetaworldConfig
     | GymConfig
     | OGBenchConfig
+    | TwinEnvConfig
 )
 
 
@@ -189,7 +191,7 @@ def demo_env(env: AnyEnvConfig) -> AnyEnvConfig:
     """Where demonstrations for `env` are recorded: there, unperturbed, where it does not say otherwise."""
     if isinstance(env, PerturbedConfig):
         return demo_env(env.env)
-    return env.for_demos if isinstance(env, PointMazeConfig | ManiSkillConfig | OGBenchConfig) else env
+    return env.for_demos if isinstance(env, PointMazeConfig | ManiSkillConfig | OGBenchConfig | TwinEnvConfig) else env
 
 
 def without_cameras(env: AnyEnvConfig) -> AnyEnvConfig:

@@ -8,6 +8,7 @@ from vla_rl.envs.ogbench import OGBenchConfig
 from vla_rl.envs.ogbench_expert import CubeOracle, CubeOracleConfig
 from vla_rl.envs.point_maze import WaypointConfig, WaypointExpert
 from vla_rl.envs.remote_expert import RemoteExpert, RemoteExpertConfig
+from vla_rl.envs.twin import TwinEnvConfig
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.sim.experts import ExpertConfig, ScriptedExpert
 
@@ -28,9 +29,11 @@ def make_expert(env: ChunkedEnv, config: AnyExpertConfig) -> AnyExpert:
 
 def best_expert(env: AnyEnvConfig) -> AnyExpertConfig:
     """The expert of an environment, without clumsiness. Raises ValueError for a Gymnasium environment, whose expert is
-    a function that somebody has to name."""
+    a function that somebody has to name, and for the twin, which shows nobody its simulator."""
     if isinstance(env, PerturbedConfig):
         return best_expert(env.env)
+    if isinstance(env, TwinEnvConfig):
+        raise ValueError("the twin has no scripted expert; evaluate the expert in the simulator that the twin is of")
     if isinstance(env, GymConfig):
         raise ValueError(
             f"{env.task} has no scripted expert; name a function of your own as the policy, module:function"

@@ -6,8 +6,8 @@ guard's safety filter, and takes it home through that filter for a reset. Betwee
 the arm stands: `KeptAlive(guarded_arm)` repeats the standing target then, for arms and supervisors that take silence
 for a dead program. `ChunkedEnv(RobotStepEnv(...))` is the chunked environment, `RobotGymEnv` the Gymnasium one.
 
-A person may take over at any step (`teleop`, `takeover`): `taken` says what was executed in place of the policy's
-proposals, and whose it was, in the form in which `EpisodeWriter` stores it.
+A person may take over at any step (`teleop`, `takeover`): `StepOutcome.taken` says what was executed in place of the
+policy's proposals, and whose it was.
 
 Where the arm reports a fault, the filter stops, or a stream grows stale, the arm holds and the episode is lost
 (`StepOutcome.lost`): it counts apart, and nothing is learnt from it.
@@ -23,11 +23,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from vla_rl.core import CameraSpec, EnvSpec, Observation, Source
+from vla_rl.core import CameraSpec, EnvSpec, Observation, Source, Taken
 from vla_rl.envs.robot_actions import ActionMapping
-from vla_rl.offpolicy.interventions import Takeover as Taken
 from vla_rl.protocols import StepOutcome
 from vla_rl.real_robot.interfaces import (
     ArmState,
@@ -83,20 +83,24 @@ class RobotParts:
     connected by `RobotStepEnv` and closed by its `close`.
 
     `success`: says of an observation [1] with pictures whether the task is done: a classifier, a topic of the twin;
-    None where only a button does. `confirm`: tells a person what to do (put the scene back, look why the arm stopped)
-    and returns when it is done. Without it nobody puts the scene back, and a stop ends the run. `state_of` makes the
-    state [S] named `state_names`; None: joints and gripper width.
+    None where only a button does. `failure`: the same of an episode that is lost for good. `confirm`: tells a person
+    what to do (put the scene back, look why the arm stopped) and returns when it is done. Without it nobody puts the
+    scene back, and a stop ends the run. `begin`: puts arm and scene where the episode of a seed begins, while the guard
+    is disarmed, and returns its instruction; None: the arm goes home, a person puts the scene back, and the instruction
+    is the config's. `state_of` makes the state [S] named `state_names`; None: joints and gripper width.
     """
 
     arm: GuardedArm
     mapping: ActionMapping
     cameras: Sequence[Camera] = ()
     success: Callable[[Observation], bool] | None = None
+    failure: Callable[[Observation], bool] | None = None
+    begin: Callable[[int], str] | None = None
     confirm: Callable[[str], object] | None = None
     teleop: Teleop | None = None
     takeover: Takeover | None = None
     state_names: tuple[str, ...] = ()
-    state_of: Callable[[ArmState], Vector] | None = None
+    state_of: Callable[[ArmState], NDArray[np.floating]] | None = None
     clock: Clock = field(default_factory=Clock)
 
 
@@ -124,12 +128,13 @@ class RobotStepEnv:
             raise ValueError("RobotParts: give state_of and state_names, or neither")
         self.parts, self.config = parts, config
         self.num_late = 0
+        self._instruction = config.instruction
         self._num_clamped, self._clamped = 0, False
         self._period = 1.0 / config.control_hz
         self._due = -np.inf
         self._target: Command | None = None
         self._buttons: Mapping[str, bool] = {}
-        self._executed: list[tuple[Vector, Source]] = []
+        self._executed: tuple[Vector, Source] | None = None  # by the last step, where a person can take over
         self._source_stamps: dict[str, tuple[int, float]] = {}  # camera: its newest stamp, when we first saw that
         try:
             self._connect()
@@ -149,20 +154,28 @@ class RobotStepEnv:
 
     # ------------------------------------------------------------------------------------------------- the contract
     def reset(self, env_ids: Tensor, seeds: Tensor) -> None:
-        """Take the arm home, with the noise of its seed, let a person put the scene back, and look."""
+        """Begin the episode of its seed: see `RobotParts.begin`. Home has the noise of the seed."""
         if not len(env_ids):
             return
+        if self.parts.begin is not None:
+            self._disarm()
+            self._instruction = self.parts.begin(int(seeds[0]))
+            self._arm()
+        else:
+            self._go_home(int(seeds[0]))
+        self._executed = None
+        self._num_clamped = 0
+        self._due = -np.inf
+        self._shown = self._look()
+
+    def _go_home(self, seed: int) -> None:
         spec, config = self.parts.arm.spec, self.config
-        noise = np.random.default_rng(int(seeds[0])).uniform(-1.0, 1.0, spec.num_joints) * config.home_noise
+        noise = np.random.default_rng(seed).uniform(-1.0, 1.0, spec.num_joints) * config.home_noise
         home = np.clip(spec.home + noise, spec.position_low, spec.position_high)
         self._arm()
         self._move_to(Command(home, spec.gripper_range[1]))
         if self.parts.confirm is not None:
             self.parts.confirm(f"{config.name}: put the scene back for: {config.instruction}")
-        self._executed = []
-        self._num_clamped = 0
-        self._due = -np.inf
-        self._shown = self._look()
 
     def step(self, actions: Tensor, active: Tensor) -> StepOutcome:
         if not bool(active[0]):
@@ -179,10 +192,13 @@ class RobotStepEnv:
         if problem:
             self.parts.arm.stop(problem)
             return self._outcome(lost=True)
-        success = bool(self._buttons.get(self.config.success_button, False)) or (
-            self.parts.success is not None and bool(self.parts.success(self._observation(True)))
+        success, failed = (
+            bool(self._buttons.get(button, False)) or (says is not None and bool(says(self._observation(True))))
+            for button, says in (
+                (self.config.success_button, self.parts.success),
+                (self.config.failure_button, self.parts.failure),
+            )
         )
-        failed = bool(self._buttons.get(self.config.failure_button, False))
         return self._outcome(success=success, failed=failed)
 
     def observe(self, env_ids: Tensor, images: bool) -> Observation:
@@ -224,21 +240,6 @@ class RobotStepEnv:
         """[1], control steps of the running episode in which the safety filter changed the command."""
         return [self._num_clamped]
 
-    # -------------------------------------------------------------------------------------------------- interventions
-    def taken(self, proposals: Tensor) -> Taken:
-        """What was executed since the last call (or reset) in place of `proposals` [1, K, A], and whose it was: the
-        `actions` and `source` that `EpisodeWriter.add` takes. Steps that were not executed keep the proposal."""
-        if proposals.shape[0] != 1 or proposals.shape[1] < len(self._executed):
-            raise ValueError(
-                f"{len(self._executed)} steps were executed since the last call, got proposals {list(proposals.shape)}"
-            )
-        actions, source = proposals.clone(), np.full(tuple(proposals.shape[:2]), int(Source.POLICY), np.int8)
-        for i, (action, who) in enumerate(self._executed):
-            actions[0, i] = torch.from_numpy(action)
-            source[0, i] = int(who)
-        self._executed = []
-        return Taken(actions, source)
-
     # ------------------------------------------------------------------------------------------------------ the arm
     def _connect(self) -> None:
         for camera in self.parts.cameras:
@@ -267,7 +268,7 @@ class RobotStepEnv:
                 action = self.parts.mapping.action_of(human.command or standing, standing)
                 low, high = np.array(self.spec.action.low), np.array(self.spec.action.high)
                 action = np.clip(action, low, high)
-        self._executed.append((action, who))
+            self._executed = action, who
         self._clamped = False
         self._send_along(self.parts.mapping.target(action, standing), now)
         self._num_clamped += self._clamped
@@ -397,15 +398,19 @@ class RobotStepEnv:
         return Observation(
             {name: torch.from_numpy(picture.image.copy())[None] for name, picture in pictures.items()},
             torch.from_numpy(np.asarray(values, dtype=np.float32))[None],
-            (self.config.instruction,),
+            (self._instruction,),
         )
 
     def _outcome(self, *, success: bool = False, failed: bool = False, lost: bool = False) -> StepOutcome:
         def flag(value: bool) -> Tensor:
             return torch.tensor([value])
 
+        taken = None
+        if self._executed is not None:
+            action, who = self._executed
+            taken = Taken(torch.from_numpy(action).float()[None], torch.tensor([int(who)], dtype=torch.int8))
         return StepOutcome(
-            torch.tensor([float(success)]), flag(success or failed), flag(False), flag(success), lost=flag(lost)
+            torch.tensor([float(success)]), flag(success or failed), flag(False), flag(success), flag(lost), taken=taken
         )
 
 
@@ -449,9 +454,10 @@ class RobotGymEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         lost = outcome.lost is not None and bool(outcome.lost)
         limit = self.env.spec.max_episode_steps
         truncated = bool(outcome.truncated) or lost or (limit is not None and self._steps >= limit)
-        taken = self.env.taken(torch.from_numpy(action)[None, None])
-        info = {"success": bool(outcome.success), "lost": lost, "action": taken.actions[0, 0].numpy()}
-        info["source"] = int(taken.source[0, 0])
+        info = {"success": bool(outcome.success), "lost": lost}
+        asked = Taken(self.env.spec.action.clamp(torch.from_numpy(action)[None]), torch.tensor([int(Source.POLICY)]))
+        taken = outcome.taken or asked
+        info |= {"action": taken.actions[0].numpy(), "source": int(taken.source[0])}
         return self._observation(), float(outcome.reward), bool(outcome.terminated), truncated, info
 
     def render(self) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_rl.core import ChunkStep, Observation
+from vla_rl.core import ChunkStep, Observation, Source, Taken
 from vla_rl.protocols import RunsAhead, StepEnv
 
 _SEED_LIMIT = 2**63 - 1
@@ -132,6 +132,7 @@ class ChunkedEnv:
         end_step = torch.full((n,), -1, dtype=torch.int64, device=device)
         episode_steps = self._episode_steps.to(device)
         frames: dict[int, list[Tensor]] = {int(i): [] for i in record}
+        taken: Taken | None = None
 
         if isinstance(self._env, RunsAhead):
             self._env.begin_chunk(actions, self._certain_steps(active, k, record))
@@ -151,6 +152,11 @@ class ChunkedEnv:
             success_at_end = torch.where(active, now_success, success_at_end)
             if outcome.lost is not None:
                 lost = lost | (active & outcome.lost)
+            if outcome.taken is not None:
+                if taken is None:
+                    taken = Taken(actions.clone(), torch.full((n, k), int(Source.POLICY), dtype=torch.int8))
+                taken.actions[active, i] = outcome.taken.actions[active]
+                taken.source[active, i] = outcome.taken.source[active]
             now_ended = now_terminated | now_truncated | lost
             end_step = torch.where(active & now_ended, i, end_step)
             terminated = terminated | now_terminated
@@ -185,6 +191,7 @@ class ChunkedEnv:
             end_step=end_step,
             lost=lost,
             frames={i: torch.stack(f) for i, f in frames.items() if f},
+            taken=taken,
         )
 
     def render(self, env_ids: Sequence[int]) -> Tensor:

@@ -29,19 +29,19 @@ from numpy.typing import NDArray
 from vla_rl.evaluation.result import Episode, EvalResult, Timing
 from vla_rl.evaluation.video import write_video
 from vla_rl.real_robot.control_loop import ControlLoop, LoopParts, StartRefusedError, Tick
-from vla_rl.real_robot.deploy_config import DeployConfig, TabletopScene
+from vla_rl.real_robot.deploy_config import CAMERA_HZ, DeployConfig, TabletopScene
 from vla_rl.real_robot.deploy_page import PAGE_FILE, write_deploy_page
 from vla_rl.real_robot.deploy_processes import check_server, start_server, start_twin
-from vla_rl.real_robot.drivers.dds_arm import DDSArm, DDSArmConfig, DDSCamera, DDSCameraConfig, twin_arm_spec
+from vla_rl.real_robot.drivers.dds_arm import DDSArm, DDSArmConfig, DDSCamera, DDSCameraConfig
 from vla_rl.real_robot.drivers.twin_episodes import EpisodeState
 from vla_rl.real_robot.inference import Inference, ServedActions, ServerConfig
-from vla_rl.real_robot.interfaces import ArmSpec, HardwareError
+from vla_rl.real_robot.interfaces import HardwareError
 from vla_rl.real_robot.log import LogAbout, RobotLog
 from vla_rl.real_robot.loop_config import LoopConfig
 from vla_rl.real_robot.modes import Mode
-from vla_rl.real_robot.safety import SafetyConfig
 from vla_rl.real_robot.supervisor import SupervisorClient, SupervisorConfig
-from vla_rl.real_robot.tabletop_arm import TabletopArm, tabletop_chain
+from vla_rl.real_robot.tabletop_arm import TabletopArm, tabletop_limits, tabletop_safety
+from vla_rl.real_robot.twin import TwinConfig
 from vla_rl.serving.broker import BrokerConfig
 from vla_rl.serving.client import ENVELOPE
 from vla_rl.train.run_folder import write_provenance
@@ -130,7 +130,8 @@ class Deployment:
             if self.policy is None:
                 raise ValueError("name a policy's folder, or the address of a server that has one")
             self._server, url = start_server(self.policy, self.out / "server.log", stack)
-        self._twin = start_twin(scene, self.out / "twin.log", stack)
+        wanted = TwinConfig(scene.task, scene.split, 0, scene.cameras, scene.image_size, CAMERA_HZ, scene.randomization)
+        self._twin = start_twin(wanted, self.out / "twin.log", stack)
         self._cameras = [DDSCamera(DDSCameraConfig(name, f"/camera/{name}/image_raw")) for name in scene.cameras]
         for camera in self._cameras:
             camera.connect()
@@ -141,14 +142,8 @@ class Deployment:
                     f"camera {camera.name} has {width}x{height} pixels, the policy wants {scene.image_size}; "
                     f"start the twin with --image-size {scene.image_size}"
                 )
-        safety = SafetyConfig(
-            chain=tabletop_chain(),
-            workspace_low=(0.25, -0.35, 0.0),
-            workspace_high=(0.75, 0.35, 0.5),
-            speed_scale=config.speed_scale,
-            max_state_age_s=config.max_state_age_s,
-        )
-        make_arm = partial(DDSArm, _spec(config.limits), DDSArmConfig(periods_ahead=config.periods_ahead))
+        safety = replace(tabletop_safety(), speed_scale=config.speed_scale, max_state_age_s=config.max_state_age_s)
+        make_arm = partial(DDSArm, tabletop_limits(config.limits), DDSArmConfig(periods_ahead=config.periods_ahead))
         supervisor = SupervisorConfig(safety, timeout_s=config.silence_s, linger_s=0.0)
         self._guarded = stack.enter_context(SupervisorClient.start(make_arm, supervisor))
         self._arm = TabletopArm(self._guarded, scene.control)
@@ -357,14 +352,6 @@ def _line(row: dict[str, Any]) -> str:
         f"seed {row['seed']:4}  {outcome:10}  {row['steps']:3} steps  held {row['held']:2}  "
         f"latency p99 {row['latency_p99_ms']:6.1f} ms  period p99 {row['late_p99_ms']:6.1f} ms  {clamps}"
     )
-
-
-def _spec(limits: str) -> ArmSpec:
-    spec = twin_arm_spec()
-    if limits == "tabletop":  # from one way at full speed to the other within a period
-        acceleration = 2 * spec.max_velocity * spec.rate_hz
-        spec = replace(spec, max_acceleration=acceleration, max_jerk=2 * acceleration * spec.rate_hz)
-    return spec
 
 
 __all__ = [

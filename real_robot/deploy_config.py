@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vla_rl.envs.config import EnvConfig
+from vla_rl.envs.twin import TwinEnvConfig
 from vla_rl.policies.checkpoints.config_json import config_to_dict
 from vla_rl.real_robot.loop_config import HEARTBEAT_S, MAX_PLAN_AGE_S, LoopConfig
 from vla_rl.real_robot.safety import SafetyConfig
@@ -74,6 +75,8 @@ class TabletopScene:
         """The episodes of a recipe's evaluation. Raises ValueError for a recipe of another simulator, or a state that
         no arm measures."""
         env, evaluation = recipe.env, recipe.evaluation
+        if isinstance(env, TwinEnvConfig):
+            env = env.for_demos
         if not isinstance(env, EnvConfig) or env.privileged_state or len(evaluation.tasks) > 1:
             raise ValueError(
                 "deploy: the twin is the tabletop's arm, and its policies see cameras and the arm's own state; this "

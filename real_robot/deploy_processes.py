@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vla_rl.core import ActionSpec
-from vla_rl.real_robot.deploy_config import CAMERA_HZ, TabletopScene
 from vla_rl.real_robot.drivers.twin_episodes import TwinEpisodes
 from vla_rl.real_robot.interfaces import HardwareError
+from vla_rl.real_robot.twin import TwinConfig
 from vla_rl.serving.client import ENVELOPE, PolicyClient, PolicyServerError
 
 _START_S = 60.0
@@ -39,34 +39,34 @@ def start_server(policy: Path, log: Path, stack: ExitStack) -> tuple[subprocess.
     raise RuntimeError(f"the policy server does not start: {_last_line(log)}")
 
 
-def start_twin(scene: TabletopScene, log: Path, stack: ExitStack) -> TwinEpisodes:
-    """The episodes of the twin that runs, or of one that is started here. Raises HardwareError where none answers, or
-    it has other episodes."""
+def start_twin(wanted: TwinConfig, log: Path, stack: ExitStack) -> TwinEpisodes:
+    """The episodes of the twin that runs, or of one that is started here as `wanted`. Raises HardwareError where none
+    answers, or it has other episodes."""
     try:
         twin = TwinEpisodes(timeout_s=2.0)
     except HardwareError:
-        twin = _own_twin(scene, log, stack)
+        twin = _own_twin(wanted, log, stack)
     stack.callback(twin.close)
     state = twin.state()
-    if (state.task, state.split) != (scene.task, scene.split):
+    if (state.task, state.split) != (wanted.task, wanted.split):
         raise HardwareError(
             f"the twin that runs has task {state.task!r} of split {state.split!r}, the policy's episodes are "
-            f"{scene.task!r} of {scene.split!r}; end it, or start it with --task {scene.task} --split {scene.split}"
+            f"{wanted.task!r} of {wanted.split!r}; end it, or start it with --task {wanted.task} --split {wanted.split}"
         )
     return twin
 
 
-def _own_twin(scene: TabletopScene, log: Path, stack: ExitStack) -> TwinEpisodes:
+def _own_twin(wanted: TwinConfig, log: Path, stack: ExitStack) -> TwinEpisodes:
     options = {
-        "task": scene.task,
-        "split": scene.split,
-        "image-size": scene.image_size,
-        "camera-hz": CAMERA_HZ,
-        "randomization": scene.randomization,
+        "task": wanted.task,
+        "split": wanted.split,
+        "image-size": wanted.image_size,
+        "camera-hz": wanted.camera_hz,
+        "randomization": wanted.randomization,
         "record": log.with_suffix(".jsonl"),
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    cameras = ["--cameras", *(scene.cameras or ("agent",))]
+    cameras = ["--cameras", *(wanted.cameras or ("agent",))]
     process = _start([sys.executable, "-m", "vla_rl.real_robot.twin", *words, *cameras], log, stack)
     end = time.monotonic() + _START_S
     while process.poll() is None and time.monotonic() < end:

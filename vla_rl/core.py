@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -189,6 +189,24 @@ class ActionChunk:
 
 
 # -------------------------------------------------------------------------------------------------- what comes back
+class Source(IntEnum):
+    """Who chose the executed action."""
+
+    DEMO = 0
+    POLICY = 1
+    HUMAN = 2
+
+
+class Taken(NamedTuple):
+    """What was executed where a person can take over, and by whom.
+
+    `actions`: float32 [N, A] of a control step, [N, K, A] of a chunk, in the environment's units. `source`: int8 [N],
+    [N, K], a `Source`."""
+
+    actions: Tensor
+    source: Tensor
+
+
 @dataclass(frozen=True)
 class ChunkStep:
     """What an environment returns for one executed chunk of K control steps.
@@ -197,7 +215,7 @@ class ChunkStep:
     `final_obs`: observations at the very step of the end, one row for each of `final_ids`; None where no episode ended.
     `final_ids`: int64 [M], the environments whose episode ended in this chunk.
     `rewards`: float32 [N, K], zero where not executed.
-    `executed`: bool [N, K]; False after the end of an episode, or where a human took over.
+    `executed`: bool [N, K]; False after the end of an episode. A person's steps are executed: see `taken`.
     `terminated`, `truncated`: bool [N]; both can be set at once, and then the episode counts as terminated.
     `success`: bool [N], the task's predicate held at an executed step of this chunk.
     `success_at_end`: bool [N], it held at the last executed step.
@@ -205,6 +223,7 @@ class ChunkStep:
     `lost`: bool [N], the episode ended because its simulator died in this chunk. The chunk counts as not executed, and
     `final_obs` is what the decision saw: `truncated`, with nothing to learn from. Such an episode counts apart.
     `frames`: environment id -> uint8 [k, h, w, 3], one frame an executed step, for the environments that were recorded.
+    `taken`: what was executed in place of the actions that were asked for; None where no person can take over.
     """
 
     obs: Observation
@@ -219,6 +238,7 @@ class ChunkStep:
     end_step: Tensor
     lost: Tensor
     frames: Mapping[int, Tensor] = field(default_factory=dict)
+    taken: Taken | None = None
 
     @property
     def ended(self) -> Tensor:
@@ -231,14 +251,6 @@ class ChunkStep:
         if self.final_obs is None:
             return self.obs
         return self.obs.with_rows(self.final_ids, self.final_obs)
-
-
-class Source(IntEnum):
-    """Who chose the executed action."""
-
-    DEMO = 0
-    POLICY = 1
-    HUMAN = 2
 
 
 @dataclass(frozen=True)
@@ -297,6 +309,7 @@ __all__ = [
     "EnvSpec",
     "Observation",
     "Source",
+    "Taken",
     "chunk_discount",
     "chunk_reward",
 ]

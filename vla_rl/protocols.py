@@ -7,13 +7,13 @@ an error before anything is built.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from vla_rl.core import ActionChunk, ChunkStep, EnvSpec, Observation
+from vla_rl.core import ActionChunk, ChunkStep, EnvSpec, Observation, Taken
 
 
 # ------------------------------------------------------------------------------------------------------ environments
@@ -22,7 +22,8 @@ class StepOutcome:
     """What one control step did, for every environment of the batch; rows of inactive environments are ignored.
 
     `reward`: float32 [N]. `terminated`, `truncated`, `success`: bool [N]. `lost`: bool [N], the episode cannot go on
-    because its simulator died; None where that cannot happen.
+    because its simulator died; None where that cannot happen. `taken`: what was executed in place of the actions that
+    were asked for; None where no person can take over.
     """
 
     reward: Tensor
@@ -30,6 +31,7 @@ class StepOutcome:
     truncated: Tensor
     success: Tensor
     lost: Tensor | None = None
+    taken: Taken | None = field(default=None, kw_only=True)
 
 
 @runtime_checkable

@@ -43,19 +43,21 @@ START = "sft"
 @dataclass(frozen=True)
 class Method:
     """`role`: a "trained" one must reach `required`; a "control" must not learn; of an "other" nothing is required.
-    `inner`: its name in the report, and the folder inside the run's, of an earlier stage's policy to evaluate too."""
+    `inner`: its name in the report, and the folder inside the run's, of an earlier stage's policy to evaluate too.
+    `train_env(start)`: where it trains, given the start's folder; None: in the experiment's environments."""
 
     label: str
     train: TrainConfig | OffPolicyConfig
     role: Literal["trained", "control", "other"] = "trained"
     inner: tuple[str, str] | None = None
+    train_env: Callable[[Path], ChunkedEnv] | None = None
 
 
 @dataclass(frozen=True)
 class Experiment:
     """`prepare(seed, folder)` writes the starting policy to `folder/policy`. `make_env(num_envs, split, auto_reset)`:
     "train" or "test". `start_range`: where the starting rate must lie. `num_envs`: of an evaluation.
-    `curve_episodes`: of each point of a learning curve."""
+    `curve_episodes`: of each point of a learning curve. `processes`: how many jobs may run at once."""
 
     name: str
     title: str
@@ -70,6 +72,7 @@ class Experiment:
     ahead: tuple[tuple[str, str], ...] = ()
     num_envs: int = 64
     curve_episodes: int = 128
+    processes: int = 2
 
 
 def start_of(recipe: Recipe) -> Callable[[int, Path], None]:
@@ -113,7 +116,7 @@ def main(module: str, argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(experiment.methods), default=list(experiment.methods))
     parser.add_argument("--iterations", type=int, help="instead of the methods' own number")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=experiment.processes)
     parser.add_argument("--out", type=Path, default=Path("runs/experiments") / experiment.name)
     options = parser.parse_args(argv)
     start = time.monotonic()
@@ -180,10 +183,15 @@ def _train(
         rate = _rate(curve, policy, seed).success_once
         return {"eval/success_rate": rate.rate, "eval/success_rate_low": rate.low, "eval/success_rate_high": rate.high}
 
+    def train_env(num_envs: int) -> ChunkedEnv:
+        if method.train_env is not None:
+            return method.train_env(source)
+        return experiment.make_env(num_envs, "train", True)
+
     if isinstance(config, OffPolicyConfig):
         reinforce_from_replay(
             config,
-            lambda n: experiment.make_env(n, "train", True),
+            train_env,
             folder,
             policy=lambda spec: load_policy(source / POLICY_FOLDER, spec=spec),
             dataset_path=source / "demos",
@@ -193,7 +201,7 @@ def _train(
         return
     if num_iterations is not None:
         config = replace(config, num_iterations=num_iterations)
-    env = experiment.make_env(config.num_envs, "train", True)
+    env = train_env(config.num_envs)
     policy: Any = load_policy(source / POLICY_FOLDER, spec=env.spec)
     run_training(policy, env, config, folder, resume=True, evaluate=lambda: measure(policy), tensorboard=False)
     env.close()

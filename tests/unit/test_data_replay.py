@@ -1,6 +1,7 @@
 """The replay buffer against a reference that walks each episode step by step, and against the known mistakes."""
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,14 +9,14 @@ import torch
 
 from tests.contract.scripted_env import FAILURE, SUCCESS, SUCCESS_AND_TIME, TIME, ScriptedEnv, script
 from tests.unit.replay_reference import MISTAKES, differs, record, reference, store
-from vla_rl.core import ActionSpec, CameraSpec, Source
+from vla_rl.core import ActionSpec, CameraSpec, Source, Taken
 from vla_rl.data.feature_cache import FeatureCache
 from vla_rl.data.lerobot_format import DatasetSpec
 from vla_rl.data.lerobot_reader import LeRobotDataset
 from vla_rl.data.lerobot_writer import LeRobotWriter
 from vla_rl.data.replay import ReplayBuffer, ReplayConfig, SamplingWeights
 from vla_rl.data.replay_mixing import MixedReplay, mix, offline_positions
-from vla_rl.data.replay_writer import EpisodeWriter, add_lerobot, copy_episodes
+from vla_rl.data.replay_writer import EpisodeWriter, add_lerobot
 from vla_rl.data.returns import monte_carlo_returns
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.policies.tiny import TinyVLA, TinyVLAConfig
@@ -377,20 +378,19 @@ def test_the_writer_refuses_what_would_tear_an_episode():
             obs = step.obs
 
 
-def test_interventions_keep_the_executed_action_beside_the_proposal_and_reach_the_demonstrations():
+def test_interventions_keep_the_executed_action_beside_the_proposal():
     env = ChunkedEnv(ScriptedEnv(2, 3))
     buffer = ReplayBuffer(
         ReplayConfig(60, 0.9), state_dim=3, action_dim=2, cameras={"agent": (2, 2)}, num_envs=2, max_episode_steps=3
     )
-    demos = ReplayBuffer(ReplayConfig(60, 0.9), state_dim=3, action_dim=2, cameras={"agent": (2, 2)})
     writer, obs = EpisodeWriter(buffer, env.spec.action), env.reset([script(4, 99), script(4, 98)])
     proposal, person = torch.full((2, 1, 2), 0.25), torch.full((2, 1, 2), -0.5)
     for t in range(3):
-        human = np.array([[t == 1], [False]])
-        actions = torch.where(torch.from_numpy(human)[..., None], person, proposal)
-        step = env.step(actions)
-        source = np.where(human, Source.HUMAN, Source.POLICY)
-        ended = writer.add(obs, actions, step, proposals=proposal, source=source, policy_version=t // 2)
+        human = torch.tensor([[t == 1], [False]])
+        actions = torch.where(human[..., None], person, proposal)
+        source = torch.where(human, int(Source.HUMAN), int(Source.POLICY)).to(torch.int8)
+        step = replace(env.step(actions), taken=Taken(actions, source))
+        ended = writer.add(obs, proposal, step, policy_version=t // 2)
         obs = step.obs
     assert ended.tolist() == [0, 1]
     assert buffer.rows.policy_version[:8].tolist() == [0, 0, 1, -1] * 2
@@ -403,15 +403,10 @@ def test_interventions_keep_the_executed_action_beside_the_proposal_and_reach_th
     later.load_state_dict(state)  # as it was written before replay knew of versions
     assert (later.rows.policy_version == -1).all()
     assert later.rows.source[:8].tolist() == buffer.rows.source[:8].tolist()
-    seen = copy_episodes(buffer, demos, having=Source.HUMAN)
-    assert seen == 2
-    assert demos.num_episodes == 1
-    assert copy_episodes(buffer, demos, having=Source.HUMAN, since=seen) == 2
-    batch = demos.batch(demos.starts(3)[:1], 3)
+    batch = buffer.batch(buffer.starts(3)[:1], 3)
     assert batch.actions[0, :, 0].tolist() == [0.25, -0.5, 0.25]
-    assert demos.proposals(batch.rows, 3)[0, :, 0].tolist() == [0.25] * 3
-    assert demos.rows.source[:3].tolist() == [Source.POLICY, Source.HUMAN, Source.POLICY]
-    assert demos.observations(batch.rows).instruction == buffer.observations(buffer.starts(3)[:1]).instruction
+    assert buffer.proposals(batch.rows, 3)[0, :, 0].tolist() == [0.25] * 3
+    assert buffer.rows.source[:3].tolist() == [Source.POLICY, Source.HUMAN, Source.POLICY]
 
 
 # --------------------------------------------------------------------------------------------------------------- demos

@@ -229,7 +229,8 @@ def test_a_person_takes_over_and_both_actions_are_stored():
     obs = chunked.reset([5])
     proposals = torch.tensor([0.2, 0.0, 1.0]).repeat(1, 7, 1)
     step = chunked.step(proposals)
-    taken = env.taken(proposals)
+    taken = step.taken
+    assert taken is not None
     assert taken.source[0].tolist() == [Source.POLICY] * 2 + [Source.HUMAN] * 3 + [Source.POLICY] * 2
     np.testing.assert_allclose(taken.actions[0, 2], [0, 0, 1], atol=1e-6)  # engaging moves nothing
     np.testing.assert_allclose(taken.actions[0, 3], [0, 0.1 / 0.15, 1], atol=1e-6)
@@ -241,7 +242,7 @@ def test_a_person_takes_over_and_both_actions_are_stored():
         config, action_dim=3, state_dim=3, num_envs=1, max_episode_steps=50, cameras={"front": (4, 6)}
     )
     writer = EpisodeWriter(buffer, chunked.spec.action)
-    writer.add(obs, taken.actions, step, proposals=proposals, source=taken.source)
+    writer.add(obs, proposals, step)
     writer.cut()
     assert buffer.rows.source[:7].tolist() == taken.source[0].tolist()
     np.testing.assert_allclose(buffer.rows.proposals[:7], proposals[0])

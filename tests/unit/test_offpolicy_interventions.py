@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from vla_rl.core import Source
 from vla_rl.data.replay import ReplayBuffer, ReplayConfig
-from vla_rl.offpolicy.interventions import copy_interventions, take_over
+from vla_rl.offpolicy.interventions import copy_interventions
 
 
 def buffer() -> ReplayBuffer:
@@ -23,15 +22,6 @@ def add(online: ReplayBuffer, by_human: list[int], *, terminated: bool, observed
         terminated=terminated, truncated=not terminated, success=terminated, instruction="push", observed=observed,
         source=np.where(np.isin(t, by_human), Source.HUMAN, Source.POLICY),
     )  # fmt: skip
-
-
-def test_the_persons_action_is_executed_and_the_proposal_stays_beside_it() -> None:
-    proposals, human = torch.zeros(2, 3, 1), torch.ones(2, 3, 1)
-    taken = take_over(proposals, human, torch.tensor([[False, True, True], [False, False, False]]))
-    assert taken.actions[..., 0].tolist() == [[0.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
-    assert taken.source.tolist() == [[1, 2, 2], [1, 1, 1]]
-    with pytest.raises(ValueError, match=r"intervened \[2, 3\], got \[2, 3, 1\] and \[3, 2\]"):
-        take_over(proposals, human, torch.zeros(3, 2, dtype=torch.bool))
 
 
 def test_stretches_of_a_person_become_demonstrations_and_stay_online() -> None:

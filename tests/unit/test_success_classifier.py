@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,22 @@ def draw(count: int, seed: int) -> LabelledFrames:
     for i in range(count):
         images[i, y[i] : y[i] + 5, x[i] : x[i] + 5] = torch.tensor([230, 20, 20], dtype=torch.uint8)
     return LabelledFrames({"front": images}, None, x >= 14, torch.arange(count) // 4)
+
+
+def test_comes_back_from_its_folder(tmp_path):
+    frames = draw(80, 0)
+    model, _ = train(frames, replace(CONFIG, num_steps=5))
+    model.save(tmp_path / "classifier")
+    again = SuccessClassifier.load(tmp_path / "classifier")
+    assert again.config == model.config
+    assert torch.equal(again(frames.images), model(frames.images))
+    assert again.threshold == model.threshold
+    with pytest.raises(FileNotFoundError, match="it is no success classifier"):
+        SuccessClassifier.load(tmp_path)
+    config = tmp_path / "classifier" / "config.json"
+    config.write_text(config.read_text().replace('"width": 16', '"width": 32'))
+    with pytest.raises(ValueError, match="train the classifier again"):
+        SuccessClassifier.load(tmp_path / "classifier")
 
 
 def shuffled(frames: LabelledFrames) -> LabelledFrames:

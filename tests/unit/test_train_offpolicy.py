@@ -9,7 +9,7 @@ import torch
 
 from tests.unit.offpolicy_batches import assert_same, differs, host
 from vla_rl.configs import get_recipe
-from vla_rl.core import Source
+from vla_rl.core import Source, Taken
 from vla_rl.data.normalization import Normalizer
 from vla_rl.data.replay import ReplayBuffer, ReplayConfig
 from vla_rl.envs.point_maze import PointMazeEnv, waypoint_episodes
@@ -109,6 +109,75 @@ def offline_buffer(replay=REPLAY):
         ends = {"terminated": e.terminated, "truncated": e.truncated, "success": e.terminated}
         buffer.add_episode(state=e.states, actions=e.actions, rewards=e.rewards, source=Source.DEMO, **ends)
     return buffer
+
+
+# ------------------------------------------------------------------------------------------------- a person at hand
+class Supervised(PointMazeEnv):
+    """A person pushes down in the steps 2 and 3 of every episode."""
+
+    def step(self, actions, active):
+        begins = self.asked % LIMIT in (2, 3)
+        self.asked += 1
+        done = torch.tensor([[0.0, -1.0]]).expand_as(actions) if begins else actions
+        outcome = super().step(done, active)
+        source = torch.full((self.num_envs,), int(Source.HUMAN if begins else Source.POLICY), dtype=torch.int8)
+        return replace(outcome, taken=Taken(done, source))
+
+    asked = 0
+
+
+def supervised_trainer(policy, demos, **changes):
+    env = ChunkedEnv(Supervised(1, layout="wall_gap", start="far", max_episode_steps=LIMIT), auto_reset=True)
+    config = replace(ONLINE, offline_ratio=0.5, intervention_rows=40, **changes)
+    buffer = ReplayBuffer(REPLAY, state_dim=4, action_dim=2, num_envs=1, max_episode_steps=LIMIT)
+    return OnlineTrainer(WatchedLearner(policy), env, buffer, config, demos), buffer
+
+
+def test_what_a_person_did_is_stored_as_theirs_and_reaches_the_demonstrations(policy):
+    demos = offline_buffer(replace(REPLAY, capacity=300))
+    before = demos.num_episodes
+    trainer, buffer = supervised_trainer(policy, demos, env_steps_per_iteration=40)
+    metrics = trainer.iterate()
+    assert metrics["rollout/intervention_rate"] == pytest.approx(12 / 40)  # two steps of each seven
+    rows = np.flatnonzero(buffer.rows.source[: 5 * (LIMIT + 1)] == Source.HUMAN)
+    assert len(rows) == 10
+    assert (buffer.rows.actions[rows] == [0.0, -1.0]).all()
+    assert not np.allclose(buffer.rows.proposals[rows], [0.0, -1.0])
+    assert demos.num_episodes == before + 5
+    copied = [(first, count) for first, count in demos.finished_episodes()][-5:]
+    assert [count for _, count in copied] == [3] * 5  # two steps, and where they led
+    assert all((demos.rows.source[first : first + 2] == Source.HUMAN).all() for first, _ in copied)
+
+
+def test_plans_from_before_a_person_took_over_are_void(policy):
+    trainer, _ = supervised_trainer(policy, offline_buffer())
+    trainer.iterate()  # decides at 0 (of 0 to 3), after the person's steps 2 and 3 at 3 and 4, and begins anew at 7
+    assert len(trainer.learner.chunks) == 9  # 0 3 4 | 7 10 11 | 14 17 18 of the 20 steps
+
+
+def test_a_run_with_a_person_resumes_exactly(policy, tmp_path):
+    runs = []
+    for stops in (False, True):
+        demos = offline_buffer(replace(REPLAY, capacity=300))
+        trainer, _ = supervised_trainer(policy, demos)
+        trainer.iterate()
+        if stops:
+            trainer.save(tmp_path)
+            demos = offline_buffer(replace(REPLAY, capacity=300))
+            asked = trainer._collector._actor.env.step_env.asked
+            trainer, _ = supervised_trainer(policy, demos)
+            trainer.load(tmp_path)
+            trainer._collector._actor.env.step_env.asked = asked
+        trainer.iterate()
+        runs.append((host(trainer.learner.state), demos.num_episodes, demos.rows.actions.copy()))
+    assert_same(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+    np.testing.assert_array_equal(runs[0][2], runs[1][2])
+
+
+def test_room_for_interventions_needs_offline_data():
+    with pytest.raises(ValueError, match="set offline_ratio above 0"):
+        replace(ONLINE, intervention_rows=10)
 
 
 # ------------------------------------------------------------------------------------------------------------- online

@@ -1,4 +1,4 @@
-"""What writes to a replay buffer: parallel environments, a LeRobot dataset, another buffer."""
+"""What writes to a replay buffer: parallel environments, a LeRobot dataset."""
 
 from __future__ import annotations
 
@@ -33,18 +33,16 @@ class EpisodeWriter:
         actions: Tensor,
         step: ChunkStep,
         *,
-        proposals: Tensor | None = None,
-        source: int | np.ndarray = Source.POLICY,
         policy_version: int = -1,
         features: np.ndarray | None = None,
         encoder_version: str | None = None,
     ) -> np.ndarray:
-        """Store a decision: `obs` [N], `actions [N, K, A]` that were sent, and what `step` says came of them.
+        """Store a decision: `obs` [N], `actions [N, K, A]` that were asked for, and what `step` says came of them.
 
         With K = 1 every step has an observation; with K > 1 only decision points have, and starts and successors are
-        taken from them. Steps that `step.executed` denies are no steps: a person's steps count if the caller puts their
-        actions, rewards and `executed` there, with `source [N, K]` HUMAN and what the policy wanted in `proposals`
-        (default: `actions` before clamping). `policy_version`: how many updates the policy had seen. `features [N, F]`
+        taken from them. Steps that `step.executed` denies are no steps. Where a person could take over (`step.taken`),
+        what was executed is stored with whose it was; `actions`, before clamping, are the proposals beside it.
+        `policy_version`: how many updates the policy had seen. `features [N, F]`
         of `obs` by the encoder `encoder_version`, where the policy has them anyway. Returns the environments whose
         episode moved into the ring, int64.
 
@@ -62,9 +60,9 @@ class EpisodeWriter:
             if encoder_version is None:
                 raise ValueError("features need the encoder_version that made them (FeatureCache.fingerprint)")
             buffer.set_features(heads[moved], np.asarray(features)[moved], encoder_version)
-        done = _array(self.action_spec.clamp(actions))
-        wanted = _array(actions if proposals is None else proposals)
-        who = np.broadcast_to(np.asarray(source, np.int8), executed.shape)
+        done = _array(self.action_spec.clamp(actions if step.taken is None else step.taken.actions))
+        wanted = _array(actions)
+        who = np.full(executed.shape, Source.POLICY, np.int8) if step.taken is None else _array(step.taken.source)
         rewards = _array(step.rewards)
         for i in range(executed.shape[1]):
             envs = np.flatnonzero(executed[:, i])
@@ -223,32 +221,8 @@ def _demo_truncated(episode: Episode, dataset: LeRobotDataset) -> bool:
     raise ValueError(f"{dataset.path} says neither truncated nor success: how its episodes end is not known")
 
 
-def copy_episodes(source: ReplayBuffer, target: ReplayBuffer, *, having: Source, since: int = 0) -> int:
-    """Copy finished episodes with a step by `having` (a person's interventions into the demonstrations) and return the
-    id that the next call should begin at. `since`: the first episode id to look at."""
-    for first, count in source.finished_episodes(since):
-        rows, t = source.rows, count - 1
-        steps, whole = slice(first, first + t), slice(first, first + count)
-        if not (rows.source[steps] == having).any():
-            continue
-        target.add_episode(
-            state=rows.obs[whole, source.feature_dim :],
-            actions=rows.actions[steps],
-            rewards=rows.reward[steps],
-            terminated=bool(rows.terminated[first + t - 1]),
-            truncated=bool(rows.truncated[first + t - 1]),
-            success=bool(rows.success[first]),
-            images={camera: pictures[whole] for camera, pictures in rows.images.items()},
-            instruction=source.instruction(first),
-            source=rows.source[steps],
-            proposals=rows.proposals[steps],
-            observed=rows.observed[whole],
-        )
-    return source.num_episodes_added
-
-
 def _array(tensor: Any) -> np.ndarray:
     return tensor.detach().cpu().numpy() if isinstance(tensor, Tensor) else np.asarray(tensor)
 
 
-__all__ = ["EpisodeWriter", "add_lerobot", "copy_episodes"]
+__all__ = ["EpisodeWriter", "add_lerobot"]

@@ -1,42 +1,16 @@
 """A person's interventions, in both buffers (HIL-SERL, arXiv 2410.21845; ConRFT, arXiv 2502.05450).
 
 While a person holds the arm, their action is what is executed and stored, with the policy's proposal beside it and
-HUMAN for its source: `EpisodeWriter.add(obs, taken.actions, step, proposals=proposals, source=taken.source)`. Those
-rows are online data like any other, and `copy_interventions` adds them to the demonstrations.
+HUMAN for its source (`ChunkStep.taken`). Those rows are online data like any other, and `copy_interventions` adds them
+to the demonstrations (`OnlineConfig.intervention_rows`).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
-import torch
-from torch import Tensor
 
 from vla_rl.core import Source
 from vla_rl.data.replay import ReplayBuffer
-
-
-class Takeover(NamedTuple):
-    """`actions` [N, K, A] to execute; `source` int8 [N, K], HUMAN where a person acts, else POLICY."""
-
-    actions: Tensor
-    source: np.ndarray
-
-
-def take_over(proposals: Tensor, human_actions: Tensor, intervened: Tensor) -> Takeover:
-    """The person's actions where `intervened` (bool [N, K]), else the policy's proposals; all actions [N, K, A].
-
-    Raises ValueError for shapes that do not agree.
-    """
-    if human_actions.shape != proposals.shape or intervened.shape != proposals.shape[:2]:
-        raise ValueError(
-            f"proposals are {list(proposals.shape)}; expected human_actions like them and intervened "
-            f"{list(proposals.shape[:2])}, got {list(human_actions.shape)} and {list(intervened.shape)}"
-        )
-    source = torch.where(intervened, int(Source.HUMAN), int(Source.POLICY))
-    actions = torch.where(intervened[..., None], human_actions, proposals)
-    return Takeover(actions, source.cpu().numpy().astype(np.int8))
 
 
 def copy_interventions(online: ReplayBuffer, demos: ReplayBuffer, *, since: int = 0) -> int:
@@ -58,7 +32,7 @@ def copy_interventions(online: ReplayBuffer, demos: ReplayBuffer, *, since: int 
                 terminated=terminated,
                 truncated=not terminated,
                 success=bool(rows.success[start]),
-                images={camera: pictures[whole] for camera, pictures in rows.images.items()},
+                images={camera: rows.images[camera][whole] for camera in demos.cameras},
                 instruction=online.instruction(start),
                 source=Source.HUMAN,
                 proposals=rows.proposals[steps],
@@ -79,4 +53,4 @@ def _human_stretches(buffer: ReplayBuffer, first: int, end: int) -> list[tuple[i
     return stretches
 
 
-__all__ = ["Takeover", "copy_interventions", "take_over"]
+__all__ = ["copy_interventions"]

@@ -335,6 +335,11 @@ class RolloutCollector:
         normalized, trace = self._sample(prefix, decision=len(window.traces))
         actions = policy.unnormalize_actions(normalized)[:, : self.execution_horizon]
         step = self.env.step(actions.to(self._observed().state.device))
+        if step.taken is not None:
+            raise ValueError(
+                f"a person can take over in {self.env.spec.name}, and what they do has no likelihood under the policy: "
+                "learn from replay (OffPolicyConfig), or leave the teleoperation out"
+            )
         window.traces.append(trace)
         window.features.append(prefix.pooled)
         if window.keeps_prefix:

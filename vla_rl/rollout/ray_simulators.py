@@ -192,6 +192,8 @@ def _to_cpu(x: Tensor) -> Tensor:
 def join_steps(parts: Sequence[ChunkStep], starts: Sequence[int]) -> ChunkStep:
     """The step of all environments from those of slices that begin at `starts`."""
     final_obs = [part.final_obs for part in parts if part.final_obs is not None]
+    if any(part.taken is not None for part in parts):
+        raise ValueError("a person can take over in one environment alone, not in several side by side")
 
     def rows(name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in parts])

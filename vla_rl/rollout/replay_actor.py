@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from vla_rl.core import ChunkStep, EnvSpec, Observation
+from vla_rl.core import ChunkStep, EnvSpec, Observation, Source
 from vla_rl.rollout.collector import CollectorEnv
 
 
@@ -99,7 +99,10 @@ class ReplayActor:
         actions = self._plan[torch.arange(len(steps))[:, None], steps]
         step = self.env.step(actions)
         self._obs = step.obs
-        self._phase = torch.where(step.ended, self.learner.horizon, self._phase + k)
+        anew = step.ended
+        if step.taken is not None:  # what was planned before a person took over is void
+            anew = anew | (step.taken.source == Source.HUMAN).any(dim=1)
+        self._phase = torch.where(anew, self.learner.horizon, self._phase + k)
         self.num_env_steps += pace.num_envs * k  # an episode's end inside a chunk costs the rest of the chunk
         return Round(obs, actions, step, policy_version)
 

@@ -15,6 +15,7 @@ from vla_rl.envs.ogbench_expert import CubeOracleConfig
 from vla_rl.envs.point_maze import WaypointConfig
 from vla_rl.envs.remote_expert import RemoteExpertConfig
 from vla_rl.envs.task_mix import make_task_mix
+from vla_rl.envs.twin import TwinEnvConfig
 from vla_rl.onpolicy.build import build_learner, build_sampler
 from vla_rl.onpolicy.grpo import GRPOConfig
 from vla_rl.policies.adaptation import apply_adaptation
@@ -50,6 +51,7 @@ def check_recipe(recipe: Recipe, *, stored_policy: bool = False) -> None:
     """
     experts = {
         EnvConfig: ExpertConfig,
+        TwinEnvConfig: ExpertConfig,
         PointMazeConfig: WaypointConfig,
         GymConfig: FunctionExpertConfig,
         OGBenchConfig: CubeOracleConfig,

@@ -202,6 +202,11 @@ REPLAY: tuple[Metric, ...] = (
         "return and success rise",
     ),
     Metric(
+        ("rollout/intervention_rate",),
+        "share of executed control steps that a person did, where one can take over",
+        "falls as the policy learns",
+    ),
+    Metric(
         ("update/num_updates",),
         "critic updates so far, offline",
     ),

@@ -13,13 +13,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vla_rl.core import EnvSpec
+from vla_rl.core import EnvSpec, Source
 from vla_rl.data.replay import ReplayBatch, ReplayBuffer, ReplayConfig
 from vla_rl.data.replay_mixing import MixedReplay
 from vla_rl.data.replay_writer import EpisodeWriter
 from vla_rl.envs.vector import ChunkedEnv
 from vla_rl.offpolicy.build import AgentConfig, SteeringConfig
 from vla_rl.offpolicy.co_rft import CoRFTConfig
+from vla_rl.offpolicy.interventions import copy_interventions
 from vla_rl.offpolicy.policy_learner import PolicyLearnerConfig
 from vla_rl.offpolicy.wsrl import CarryOver
 from vla_rl.policies.checkpoints.config_json import config_to_dict
@@ -99,8 +100,10 @@ class OnlineConfig:
     `random_env_steps`: the first so many are uniform (RLPD).
     `utd_ratio`: critic updates a control step, `updates_per_call` of them before each of the actor. `offline_ratio`:
     share of offline rows in each minibatch, 0 keeps no offline data; `offline_in_buffer`: the buffer begins with them
-    instead, and they give way to new ones (Q-chunking). `observe_every_step`: every control step is a
-    start to learn from, and pictures are rendered there; else only decisions are. Intervals count iterations of
+    instead, and they give way to new ones (Q-chunking). `intervention_rows`: room beside the offline data for what a
+    person did in their place, copied there when an episode has finished (HIL-SERL, arXiv 2410.21845); when it is full
+    the oldest offline rows give way. 0 leaves it among the online data alone. `observe_every_step`: every control step
+    is a start to learn from, and pictures are rendered there; else only decisions are. Intervals count iterations of
     `env_steps_per_iteration`.
     """
 
@@ -114,6 +117,7 @@ class OnlineConfig:
     batch_size: int = 256
     offline_ratio: float = 0.0
     offline_in_buffer: bool = False
+    intervention_rows: int = 0
     observe_every_step: bool = True
     carried: CarryOver = field(default_factory=CarryOver)
     env_steps_per_iteration: int = 250
@@ -126,7 +130,9 @@ class OnlineConfig:
             self, "num_env_steps", "num_envs", "execution_horizon", "updates_per_call", "batch_size",
             "env_steps_per_iteration", "checkpoint_interval",
         )  # fmt: skip
-        _not_negative(self, "eval_interval", "warmup_env_steps", "random_env_steps")
+        _not_negative(self, "eval_interval", "warmup_env_steps", "random_env_steps", "intervention_rows")
+        if self.intervention_rows and not self.offline_ratio:
+            raise ValueError("OnlineConfig.intervention_rows is room beside offline data: set offline_ratio above 0")
         if self.utd_ratio <= 0.0 or not 0.0 <= self.offline_ratio <= 1.0:
             raise ValueError(
                 f"expected utd_ratio > 0 and offline_ratio in [0, 1], got {self.utd_ratio}, {self.offline_ratio}"
@@ -323,6 +329,8 @@ class OnlineTrainer:
         self._writer = EpisodeWriter(buffer, env.spec.action)
         self._rng = np.random.default_rng(config.seed)
         self._episodes: list[tuple[bool, float, int]] = []  # success, return, length of those of this iteration
+        self._num_steps_by = {Source.POLICY: 0, Source.HUMAN: 0}  # of this iteration
+        self._copied_until = 0  # the episode from which on a person's steps are to be copied
         self._update_credit = 0.0
         self.num_env_steps = self.num_iterations = 0
         if offline is not None:
@@ -330,7 +338,7 @@ class OnlineTrainer:
 
     def iterate(self) -> Metrics:
         """`env_steps_per_iteration` control steps, with the updates that belong to them."""
-        self._episodes = []
+        self._episodes, self._num_steps_by = [], dict.fromkeys(self._num_steps_by, 0)
         metrics: Mapping[str, Any] = {}
         steps_of_round = self.config.num_envs * self.config.pace.steps_per_round
         for done in self._collector.rounds(self.config.env_steps_per_iteration // steps_of_round):
@@ -346,6 +354,12 @@ class OnlineTrainer:
             self._writer.cut(done.lost.nonzero().flatten().tolist())
         moved = self._writer.add(done.obs, done.actions, done.step, policy_version=done.policy_version)
         self._episodes += self._buffer.last_episodes(len(moved))
+        if done.step.taken is not None:
+            for who in self._num_steps_by:
+                self._num_steps_by[who] += int((done.step.executed & (done.step.taken.source == who)).sum())
+        if len(moved) and self._offline is not None and self.config.intervention_rows:
+            self._copied_until = copy_interventions(self._buffer, self._offline, since=self._copied_until)
+            self.learner.prepare(self._offline)
 
     def _learn(self, new_env_steps: int) -> Mapping[str, Any] | None:
         """The updates that `new_env_steps` pay for; none during the warm-up, which pays for none later either."""
@@ -373,6 +387,8 @@ class OnlineTrainer:
 
     def _rollout_metrics(self) -> Metrics:
         metrics = {"rollout/env_steps": float(self.num_env_steps), "rollout/stored_steps": float(len(self._buffer))}
+        if num_steps := sum(self._num_steps_by.values()):
+            metrics["rollout/intervention_rate"] = self._num_steps_by[Source.HUMAN] / num_steps
         if self._episodes:
             success, returns, lengths = (np.mean(column) for column in zip(*self._episodes, strict=True))
             metrics |= {
@@ -391,16 +407,26 @@ class OnlineTrainer:
             {
                 **self._collector.state_dict(),
                 "buffer": self._buffer.state_dict(),
+                **self._offline_state(),
                 "update_credit": self._update_credit,
                 "num_env_steps": self.num_env_steps,
             },
         )
+
+    def _offline_state(self) -> dict[str, Any]:
+        """Of the offline data, where they change."""
+        if self._offline is None or not self.config.intervention_rows:
+            return {}
+        return {"offline": self._offline.state_dict(), "copied_until": self._copied_until}
 
     def load(self, run_dir: Path) -> None:
         """Go on from `run_dir`. Raises CheckpointError where the stored run has another configuration."""
         state = _load(self, run_dir)
         self._collector.load_state_dict(state)
         self._buffer.load_state_dict(state["buffer"])
+        if self._offline is not None and self.config.intervention_rows:
+            self._offline.load_state_dict(state["offline"])
+            self._copied_until = state["copied_until"]
         self._update_credit, self.num_env_steps = state["update_credit"], state["num_env_steps"]
 
 

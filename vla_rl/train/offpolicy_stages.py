@@ -85,11 +85,13 @@ def check_stages(config: OffPolicyConfig, spec: EnvSpec, policy: nn.Module | Non
     jax.eval_shape(first_states)
 
 
-def demo_buffer(config: ReplayConfig, dataset: LeRobotDataset, spec: EnvSpec, feature_dim: int) -> ReplayBuffer:
-    """All episodes of `dataset`, with pictures where features are wanted."""
+def demo_buffer(
+    config: ReplayConfig, dataset: LeRobotDataset, spec: EnvSpec, feature_dim: int, *, more_rows: int = 0
+) -> ReplayBuffer:
+    """All episodes of `dataset`, with pictures where features are wanted, and room for `more_rows`."""
     if not dataset.num_episodes:
         raise DatasetError(f"{dataset.path}: no episode to learn from; record demonstrations first")
-    rows = dataset.num_frames + dataset.num_episodes
+    rows = dataset.num_frames + dataset.num_episodes + more_rows
     buffer = ReplayBuffer(
         replace(config, capacity=rows),
         state_dim=spec.state_dim,
@@ -207,7 +209,8 @@ class _Stages:
         if self._demos is None:
             assert self._dataset is not None
             feature_dim = getattr(self.learner, "feature_dim", 0)
-            self._demos = demo_buffer(self.config.replay, self._dataset, self.env.spec, feature_dim)
+            more = 0 if self.config.online is None else self.config.online.intervention_rows
+            self._demos = demo_buffer(self.config.replay, self._dataset, self.env.spec, feature_dim, more_rows=more)
         return self._demos
 
     def _measure(self) -> Mapping[str, float]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from vla_rl.data.lerobot_format import atomic_write_json
+from vla_rl.envs.twin import TwinEnvConfig
 from vla_rl.evaluation.report import Curve, ReportData, ReportRow, video_pairs, write_report
 from vla_rl.evaluation.result import EvalResult
 from vla_rl.rollout.recorder import Recording
@@ -181,7 +182,7 @@ def _evaluate_all(recipe: Recipe, run_dir: Path, policies: Mapping[str, Path]) -
     """The same episodes for all."""
     for who, folder in policies.items():
         evaluate_stage(recipe, folder, run_dir / "evaluation" / who, label=who)
-    if "rl" in policies:
+    if "rl" in policies and not isinstance(recipe.env, TwinEnvConfig):  # no expert sees an arm's scene
         evaluate_expert(recipe, recipe.evaluation, run_dir / "evaluation" / "expert")
 
 

@@ -8,18 +8,25 @@ that is rewarded by mistake.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vla_rl.core import Observation
+from vla_rl.data.lerobot_format import atomic_write_json
 from vla_rl.data.lerobot_reader import LeRobotDataset
+
+_WEIGHTS, _CONFIG = "classifier.safetensors", "config.json"
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,28 @@ class SuccessClassifier(nn.Module):
     def success(self, obs: Observation) -> bool:
         """Of one observation."""
         return bool(self.is_success(obs)[0])
+
+    def save(self, folder: str | Path) -> None:
+        """`classifier.safetensors` and `config.json`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.state_dict(), folder / _WEIGHTS)
+        atomic_write_json(folder / _CONFIG, asdict(self.config))
+
+    @staticmethod
+    def load(folder: str | Path) -> SuccessClassifier:
+        """What `save` wrote. Raises FileNotFoundError where there is none, ValueError where the files do not fit."""
+        folder = Path(folder)
+        for name in (_WEIGHTS, _CONFIG):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}: it is no success classifier")
+        try:
+            values = json.loads((folder / _CONFIG).read_text())
+            model = SuccessClassifier(SuccessClassifierConfig(**values | {"cameras": tuple(values["cameras"])}))
+            model.load_state_dict(load_file(folder / _WEIGHTS))
+        except (TypeError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{folder}: {error}; train the classifier again") from error
+        return model.eval()
 
 
 def train_success_classifier(
