@@ -25,7 +25,7 @@ export VLA_RL_ENVS ?= $(CURDIR)/runs/envs
 # A ROS or conda shell puts foreign packages before those of .venv.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup setup-dev sims vulkan demo demo-control check lint format types test unit wheel smoke test-slow test-gpu bench experiment \
+.PHONY: help setup setup-dev sims vulkan browser demo demo-control check lint format types test unit wheel smoke test-slow test-gpu bench experiment \
         reference docs clean distclean
 
 help: ## list the targets
@@ -75,9 +75,12 @@ sims: setup ## install the simulators that have environments of their own (NAME=
 vulkan: ## put a Vulkan driver that ManiSkill takes into runs/vulkan (Debian; no root)
 	@tools/fetch_vulkan.sh
 
+browser: ## install Chromium for the tests of pages, where it is missing (Debian; as root)
+	@$(STAGE) "a browser for the tests of pages" tools/install_chromium.sh
+
 # The stages of `make check` and `make test`.
 lint format types unit wheel smoke: setup-dev
-unit: sims
+unit: sims browser
 
 lint:
 	@$(STAGE) "lint: ruff check" $(BIN)/ruff check --quiet .

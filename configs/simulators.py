@@ -148,7 +148,10 @@ def robosuite_lift() -> Recipe:
 
 def libero_object() -> Recipe:
     """LIBERO-Object's first task from one camera: few demonstrations for the tiny VLA, then Flow-SDE PPO; disjoint
-    initial states."""
+    initial states.
+
+    A chunk has 56 numbers that are scored: at a learning rate of 1e-4 the first step of each update moved the policy by
+    a KL of up to 0.7, the update stopped there, and success fell from .55 to .35 in six of them (one run)."""
     chunk = 8
     start = _flow_sde(LiberoConfig(cameras=("agentview",), image_size=64, fast_pictures=True, num_workers=2), 10)
     assert isinstance(start.train, TrainConfig)
@@ -157,7 +160,7 @@ def libero_object() -> Recipe:
         start.train.algorithm,
         num_decisions=40,
         gamma=0.99,
-        actor=replace(start.train.algorithm.actor, minibatch_size=640),
+        actor=replace(start.train.algorithm.actor, learning_rate=2e-5, minibatch_size=640),
     )
     return replace(
         start,
@@ -166,7 +169,7 @@ def libero_object() -> Recipe:
         train=replace(
             start.train,
             num_envs=32,
-            num_iterations=25,
+            num_iterations=16,
             execution_horizon=chunk,
             sampler=FlowSamplerConfig(kernel="flow_sde", mode="hybrid", scored_horizon=chunk),
             algorithm=algorithm,
