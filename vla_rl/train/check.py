@@ -75,6 +75,8 @@ def check_recipe(recipe: Recipe, *, stored_policy: bool = False) -> None:
         check_policy(recipe, policy, env.spec)
     elif not recipe.fine_tunes and not recipe.adaptation.is_off:
         raise ValueError("adaptation is for a policy that is fine-tuned, this recipe trains an agent of its own")
+    if isinstance(recipe.env, TwinEnvConfig) and recipe.rollout.workers:
+        raise ValueError("rollout.workers: there is one arm, and this process has it; set it to 0")
     if isinstance(train, OffPolicyConfig):
         check_replay_rollout(recipe.rollout, train)
         if not recipe.fine_tunes:
