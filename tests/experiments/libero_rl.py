@@ -13,10 +13,11 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+from tests.experiments.offline_to_online_vla import without_reward
 from tests.experiments.runner import Experiment, Method, envs_of, main_of_task, start_of
 from vla_rl.configs import get_recipe
 from vla_rl.envs.libero import LiberoConfig
-from vla_rl.train.loop import TrainConfig
+from vla_rl.train.offpolicy import OffPolicyConfig
 
 NUM_ENVS = 8
 
@@ -24,25 +25,23 @@ NUM_ENVS = 8
 def _experiment(task: str, num_demos: int) -> Experiment:
     recipe = get_recipe("libero_object")
     assert isinstance(recipe.env, LiberoConfig)
+    assert isinstance(recipe.train, OffPolicyConfig)
     demos = replace(recipe.demos, num_episodes=num_demos)
     recipe = replace(recipe, env=replace(recipe.env, task=task), demos=demos)
-    control = recipe.control().train
-    assert isinstance(recipe.train, TrainConfig)
-    assert isinstance(control, TrainConfig)
     return Experiment(
         name=f"libero_rl/{task.replace('/', '_')}",
         title=f"{task}: {num_demos} demonstrations, then WSRL",
         prepare=start_of(recipe),
         make_env=envs_of(recipe),
         methods={
-            "flow_sde": Method("Flow-SDE", recipe.train),
-            "control": Method("shuffled advantages", control, "control"),
+            "wsrl": Method("WSRL", recipe.train),
+            "control": Method("the same, no reward", without_reward(recipe.train), "other"),
         },
         num_episodes=100,
         first_episode=0,
         required=0.0,
         start_range=(0.0, 1.0),
-        ahead=(("flow_sde", "sft"), ("flow_sde", "control")),
+        ahead=(("wsrl", "sft"), ("wsrl", "control")),
         num_envs=NUM_ENVS,
         curve_episodes=25,
     )
