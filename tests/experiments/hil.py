@@ -5,8 +5,9 @@
 The demo's tiny VLA learns from replay on the digital twin (DDS, supervisor, safety filter, 20 Hz), rewarded by nothing
 but a success classifier, which was trained from labelled frames of the demonstrations and of the policy's own episodes.
 A scripted person with a tool-delta device takes the arm where the policy makes no headway, and what they do goes into
-both buffers (HIL-SERL, arXiv 2410.21845). The control is the same without a person. Evaluated in the simulator that the
-twin is of, on 256 held-out episodes. Required: ahead of the fine-tuned policy and of the control.
+both buffers (HIL-SERL, arXiv 2410.21845). The controls are the same without a person, and with one but no reward, which
+imitates alone. Evaluated in the simulator that the twin is of, on 256 held-out episodes. Required: ahead of the
+fine-tuned policy and of learning without a person.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.experiments.offline_to_online_vla import without_reward
 from tests.experiments.runner import POLICY_FOLDER, Experiment, Method, envs_of, main, start_of
 from vla_rl.configs import get_recipe
 from vla_rl.core import Observation
@@ -189,6 +191,12 @@ EXPERIMENT = Experiment(
     make_env=envs_of(SIMULATED),
     methods={
         "hil": Method("a person takes over", RECIPE.train, train_env=lambda start: on_the_twin(start, person=True)),
+        "no_reward": Method(
+            "a person, no reward",
+            without_reward(RECIPE.train),
+            "other",
+            train_env=lambda s: on_the_twin(s, person=True),
+        ),
         "alone": Method("without a person", RECIPE.train, "other", train_env=lambda s: on_the_twin(s, person=False)),
     },
     num_episodes=256,
