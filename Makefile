@@ -94,7 +94,7 @@ types:
 
 unit:
 	@$(STAGE) "tests: pytest in $(TEST_PROCESSES) processes" \
-	    $(PYTEST) -n $(TEST_PROCESSES) -m "not slow and not gpu" $(addprefix --ignore=,$(RAY_TESTS)) $(ARGS)
+	    $(PYTEST) -n $(TEST_PROCESSES) -m "not slow and not gpu" --durations 20 $(addprefix --ignore=,$(RAY_TESTS)) $(ARGS)
 	$(if $(ARGS),,@for file in $(RAY_TESTS); do \
 	    $(STAGE) "tests with Ray: $$file" $(PYTEST) -m "not slow and not gpu" $$file; done)
 

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 
 WITH_RECIPE = ("run", "demos", "sft", "train")
-EVALUATION = ("eval", "compare", "report", "runs")
+EVALUATION = ("eval", "compare", "forgetting", "report", "runs")
 COMMANDS = (
     *WITH_RECIPE,
     *EVALUATION,
@@ -38,6 +38,7 @@ USAGE = """vla-rl: take a vision-language-action policy from demonstrations to a
   vla-rl train RECIPE --policy DIR --run-dir DIR     improve a policy by reinforcement learning
   vla-rl eval --policy DIR --out DIR         success on held-out episodes, with intervals
   vla-rl compare A B [C ...]                 evaluations, episode by episode; --out page.html, --fail-under 0.8
+  vla-rl forgetting BASE A [B ...] --new-tasks T --out F.json    success on the other tasks, KL(base || policy)
   vla-rl report DIR                          the report of a run or an evaluation once more
   vla-rl runs DIR                            one page of all runs and evaluations in a folder
   vla-rl serve --policy DIR                  a policy over a websocket; eval --policy ws://host:port asks it

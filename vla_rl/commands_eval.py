@@ -1,4 +1,4 @@
-"""The commands of `vla-rl` that evaluate, and show what was found: eval, report, compare, runs."""
+"""The commands of `vla-rl` that evaluate, and show what was found: eval, report, compare, forgetting, runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -23,20 +23,30 @@ from vla_rl.command_options import (
 )
 from vla_rl.configs import RECIPES, get_recipe
 from vla_rl.configs.suites import SUITES, get_suite, list_suites
+from vla_rl.core import EnvSpec
+from vla_rl.data.lerobot_format import atomic_write_json
 from vla_rl.evaluation.compare import Comparisons, compare_all
 from vla_rl.evaluation.compare_report import write_comparison
 from vla_rl.evaluation.eval_report import criterion_of, write_eval_report
+from vla_rl.evaluation.forgetting import (
+    VisitedStates,
+    mean_divergence,
+    measure_forgetting,
+    policy_kl,
+    usual_sampler,
+    visited_states,
+)
 from vla_rl.evaluation.forgetting_report import write_forgetting_report
 from vla_rl.evaluation.harness import describe_precision, run_suite
 from vla_rl.evaluation.journal import JOURNAL_FILE
 from vla_rl.evaluation.methods import MethodsComparison, compare_methods
 from vla_rl.evaluation.methods_report import write_methods_report
 from vla_rl.evaluation.page import Curve
-from vla_rl.evaluation.policies import Actor, Expert, ServedPolicy, StoredPolicy, actor_of
+from vla_rl.evaluation.policies import Actor, Expert, ServedPolicy, StoredPolicy, actor_of, weights_digest
 from vla_rl.evaluation.result import SUMMARY_FILE, EvalResult
 from vla_rl.evaluation.runs_index import write_runs_index
 from vla_rl.evaluation.stopping import StopRule
-from vla_rl.evaluation.suite import Suite, with_fields, with_known_fields
+from vla_rl.evaluation.suite import Suite, SuiteCase, with_fields, with_known_fields
 from vla_rl.evaluation.tables import evaluation_table, latex, markdown, methods_table, pairs_table, rates_table
 from vla_rl.evaluation.workers import HarnessConfig
 from vla_rl.real_robot.deploy_config import DeployConfig, TabletopScene
@@ -45,7 +55,7 @@ from vla_rl.train.check import device_named, device_of
 from vla_rl.train.pipeline import write_run_report
 from vla_rl.train.recipe import Recipe
 from vla_rl.train.run_folder import write_provenance
-from vla_rl.train.stages import best_of, harness_config, recipe_of, suite_of
+from vla_rl.train.stages import RECIPE_SUITE, best_of, harness_config, recipe_of, suite_of
 
 
 @dataclass(frozen=True)
@@ -350,6 +360,120 @@ def _printed(comparison: Comparisons | MethodsComparison, o: CompareOptions) -> 
             return write(methods_table(comparison))
         return write(rates_table(comparison)) + "\n" + write(pairs_table(comparison))
     return comparison.format_table()
+
+
+@dataclass(frozen=True)
+class ForgettingOptions:
+    """folders: two or more that `eval` wrote of several tasks, the first one of the policy that the others were trained
+    from. new_tasks: those that they were trained on, as the suite or the recipe calls them. out: a JSON file; its page
+    is put beside it. suite: `module:function`, where theirs is one of yours. names: one for each folder. roles: how
+    each after the first was trained. criterion: which success counts; default is that of the first one's suite.
+    episodes: of the first policy on each new task, on whose states the KL is measured. noise_level: of Flow-SDE, for
+    flow policies."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    new_tasks: tuple[str, ...] = UNSET
+    out: Path = UNSET
+    suite: str | None = None
+    names: tuple[str, ...] = ()
+    roles: tuple[Literal["sft", "rl", "other"], ...] = ()
+    criterion: Literal["success_once", "success_at_end"] | None = None
+    episodes: int = 32
+    noise_level: float | None = None
+    device: str = "auto"
+
+
+def forgetting_command(argv: list[str]) -> int:
+    """What training on some tasks cost on the others, and how far it moved the policy: KL(base || policy) in nats a
+    decision, exact for its likelihood, on states of the new tasks that the base visits."""
+    o: ForgettingOptions = parse(ForgettingOptions, argv, "forgetting")
+    names = o.names or _short_names(o.folders)
+    roles = o.roles or ("other",) * (len(o.folders) - 1)
+    if not 1 < len(set(names)) == len(names) == len(o.folders) == len(roles) + 1:
+        raise UsageError(
+            "forgetting: name two evaluations or more, the base's first, each with a name of its own (--names A B), "
+            "and in --roles one for each after the first"
+        )
+    if o.episodes < 1:
+        raise UsageError(f"forgetting: --episodes must be at least 1, got {o.episodes}")
+    torch.set_num_threads(1)
+    results = {name: EvalResult.load(folder) for name, folder in zip(names, o.folders, strict=True)}
+    stored = {name: _evaluated_policy(result, str(device_named(o.device))) for name, result in results.items()}
+    base, horizon = results[names[0]], results[names[0]].config["execution_horizon"]
+    cases = _cases_of(o.suite or base.config["suite"]["name"], stored[names[0]], o.new_tasks)
+    specs = [_spec_of(case) for case in cases]
+    policies: dict[str, Any] = {name: policy.open(specs[0]) for name, policy in stored.items()}
+    sampler, in_words = usual_sampler(policies[names[0]], horizon, o.noise_level)
+    states = VisitedStates.concatenate(
+        [
+            visited_states(
+                policies[names[0]],
+                lambda n, case=case: case.env.make(n, split=case.split, task=case.task),
+                range(case.first_seed, case.first_seed + o.episodes),
+                execution_horizon=horizon,
+            )
+            for case in cases
+        ]
+    )
+    divergences = {
+        name: mean_divergence(policy_kl(policies[names[0]], other, states.observations, sampler), states.episode)
+        for name, other in policies.items()
+        if name != names[0]
+    }
+    found = measure_forgetting(
+        {name: _without_conditions(result) for name, result in results.items()},
+        divergences,
+        dict(zip(names, ("base", *roles), strict=True)),
+        new_tasks=[spec.name for spec in specs],
+        sampler=in_words,
+        criterion=o.criterion or criterion_of(base),
+    )
+    o.out.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(o.out, found.as_dict())
+    print(found.format_table())
+    print(f"report: {write_forgetting_report(o.out)}", file=sys.stderr)
+    return 0
+
+
+def _evaluated_policy(result: EvalResult, device: str) -> StoredPolicy:
+    """Raises UsageError where the policy is not there any more, or was trained on since."""
+    folder = Path(str(result.config.get("policy", "")))
+    if not folder.is_dir() or weights_digest(folder) != result.config.get("policy_digest"):
+        raise UsageError(
+            f"forgetting: {folder} was evaluated, and there is no folder with those weights; evaluate it once more, "
+            "and call this from the same place"
+        )
+    return StoredPolicy(folder, device)
+
+
+def _cases_of(name: str, policy: StoredPolicy, tasks: tuple[str, ...]) -> list[SuiteCase]:
+    """Those of `tasks`, in the suite `name`, or in the recipe of the run that `policy` lies in."""
+    if name == RECIPE_SUITE:
+        recipe = required_recipe(policy.folder, "forgetting")
+        suite = suite_of(recipe, replace(recipe.evaluation, tasks=tasks))
+    else:
+        suite = with_known_fields(get_suite(name), policy.seen())
+    found = []
+    for task in tasks:
+        case = next((c for c in suite.cases if not c.condition and task in (c.task, f"tabletop/{c.task}")), None)
+        if case is None:
+            raise UsageError(
+                f"forgetting: {task} is not in {name}: {', '.join(dict.fromkeys(c.task for c in suite.cases))}"
+            )
+        found.append(case)
+    return found
+
+
+def _spec_of(case: SuiteCase) -> EnvSpec:
+    env = case.env.make(1, split=case.split, task=case.task)
+    env.close()
+    return env.spec
+
+
+def _without_conditions(result: EvalResult) -> EvalResult:
+    """Nominal episodes alone, where there are any."""
+    nominal = tuple(e for e in result.episodes if not e.condition)
+    return replace(result, episodes=nominal or result.episodes)
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,22 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.unit.html_page import NEEDS_CHROMIUM, Page, in_browser
+from tests.unit.serving_policies import HORIZON, save_flow_mlp
 from vla_rl.cli import main
 from vla_rl.evaluation.charts import Point, scatter_chart
 from vla_rl.evaluation.forgetting import Divergence, ForgettingResult, measure_forgetting
 from vla_rl.evaluation.forgetting_report import forgetting_sentence, read_forgetting, tradeoff_chart
 from vla_rl.evaluation.result import Episode, EvalResult
 from vla_rl.evaluation.statistics import wilson
+from vla_rl.flow import FlowSamplerConfig
+from vla_rl.flow.kernels import kernel_table
+from vla_rl.policies.checkpoints.native import load_policy, save_policy
 
 MEASURED = Path(__file__).parents[1] / "experiments" / "results" / "forgetting.json"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -150,6 +156,44 @@ def test_a_comparison_draws_new_tasks_against_the_others(tmp_path, capsys):
     assert main(["compare", *places, "--out", str(out), "--new-tasks", "reach", "press"]) == 1
     assert "name some of these tasks, and not all" in capsys.readouterr().err
     assert main(["compare", *places, "--new-tasks", "reach"]) == 2
+
+
+def test_the_command_measures_the_divergence_on_what_the_base_visits(tmp_path, capsys):
+    """Shifted by a constant velocity, the policy's KL is the same at all states, and in closed form."""
+    shift = 0.3
+    base = save_flow_mlp(tmp_path / "base", state_dim=4, action_dim=2)
+    policy: Any = load_policy(base)
+    with torch.no_grad():
+        policy.output.bias += shift
+    save_policy(policy, tmp_path / "rl")
+    suite = ["--suite", "tests.unit.harness_suites:mazes"]
+    for name in ("base", "rl"):
+        told = ["--policy", str(tmp_path / name), "--out", str(tmp_path / f"{name}_eval"), "--num-videos", "0"]
+        assert main(["eval", *told, *suite, "--episodes", "5"]) == 0
+    out = tmp_path / "new" / "forgetting.json"
+    places = [str(tmp_path / "base_eval"), str(tmp_path / "rl_eval")]
+    task = ["--new-tasks", "point_maze/umaze", "--roles", "rl", "--names", "base", "RL", "--out", str(out)]
+    capsys.readouterr()
+    assert main(["forgetting", *places, *task, *suite, "--episodes", "3", "--noise-level", "0.8"]) == 0
+    assert f"report: {out.with_suffix('.html')}" in capsys.readouterr().err
+    (result,) = read_forgetting(out).values()
+    before, after = result.policies
+    assert (result.new_tasks, result.old_tasks) == (("point_maze/umaze",), ("point_maze/wall_gap",))
+    assert (before.role, after.role, after.old.n, after.divergence.num_episodes) == ("base", "rl", 5, 3)
+    assert "noise level 0.8" in result.sampler
+    config = FlowSamplerConfig(mode="full", noise_level=0.8)
+    table, steps = kernel_table("flow_sde", config.num_steps, config.level), list(config.stochastic_steps)
+    a_number = ((table.velocity_weight[steps] * shift) ** 2 / (2 * table.std[steps] ** 2)).sum().item()
+    assert after.divergence.value == pytest.approx(a_number * HORIZON * 2, rel=1e-3)
+
+    assert main(["forgetting", *places, *task]) == 1  # of a function, which the evaluation does not name
+    assert "there is no suite 'mazes'" in capsys.readouterr().err
+    assert main(["forgetting", *places, *task, *suite, "--new-tasks", "fly"]) == 2
+    assert "fly is not in" in capsys.readouterr().err
+    assert main(["forgetting", *places[:1], *task]) == 2
+    save_policy(load_policy(base), tmp_path / "rl")
+    assert main(["forgetting", *places, *task, *suite]) == 2
+    assert "no folder with those weights" in capsys.readouterr().err
 
 
 @NEEDS_CHROMIUM

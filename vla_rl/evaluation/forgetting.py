@@ -28,8 +28,9 @@ from vla_rl.evaluation.result import EvalResult
 from vla_rl.evaluation.statistics import Rate, wilson
 from vla_rl.flow.config import FlowSamplerConfig
 from vla_rl.flow.likelihood import chain_kl
-from vla_rl.onpolicy.build import SamplerConfig, build_sampler
-from vla_rl.protocols import ChunkedVectorEnv, HasFeatures, chunk_shape
+from vla_rl.onpolicy.build import GaussianSamplerConfig, SamplerConfig, build_sampler
+from vla_rl.onpolicy.tokens import TokenSamplerConfig
+from vla_rl.protocols import ChunkedVectorEnv, FlowPolicy, GaussianPolicy, HasFeatures, TokenPolicy, chunk_shape
 
 Role = Literal["base", "sft", "rl", "other"]
 
@@ -59,6 +60,16 @@ class VisitedStates:
 
     def __len__(self) -> int:
         return len(self.episode)
+
+    @staticmethod
+    def concatenate(parts: Sequence[VisitedStates]) -> VisitedStates:
+        """All of them; episodes of different parts are different ones."""
+        first = 0
+        episodes = []
+        for part in parts:
+            episodes.append(part.episode + first)
+            first = int(episodes[-1].max()) + 1
+        return VisitedStates(Observation.concatenate([part.observations for part in parts]), torch.cat(episodes))
 
 
 @torch.no_grad()
@@ -127,6 +138,25 @@ def policy_kl(
         _, trace = ours.sample(prefix, generator)
         parts.append(chain_kl(ours.score(prefix, trace), theirs.score(_prefix(other, obs), trace)).cpu())
     return torch.cat(parts).float()
+
+
+def usual_sampler(policy: Any, scored_horizon: int, noise_level: float | None = None) -> tuple[SamplerConfig, str]:
+    """A sampler of `policy`'s kind whose divergence is that of the executed steps of whole chunks, and its description.
+
+    `noise_level`: of Flow-SDE, None takes its default. Raises TypeError for a policy that samples nothing, ValueError
+    for a noise level where there is none.
+    """
+    steps = f"the {scored_horizon} executed steps of a chunk"
+    if isinstance(policy, FlowPolicy):
+        config = FlowSamplerConfig(mode="full", noise_level=noise_level, scored_horizon=scored_horizon)
+        return config, f"Flow-SDE, {config.num_steps} steps, noise level {config.level:g}, {steps}"
+    if noise_level is not None:
+        raise ValueError(f"a noise level is of a flow policy's sampler, and {type(policy).__name__} is none")
+    if isinstance(policy, TokenPolicy):
+        return TokenSamplerConfig(scored_horizon=scored_horizon), f"tokens at temperature 1, {steps}"
+    if isinstance(policy, GaussianPolicy):
+        return GaussianSamplerConfig(scored_horizon), f"the policy's own noise, {steps}"
+    raise TypeError(f"{type(policy).__name__} has no likelihood: expected a flow, token or Gaussian policy")
 
 
 def mean_divergence(kl: Tensor, episode: Tensor, *, confidence: float = 0.95) -> Divergence:

@@ -39,6 +39,7 @@ from vla_rl.train.progress_demos import label_demos
 from vla_rl.train.recipe import EvalConfig, Recipe
 from vla_rl.train.sft import DatasetSampler, SFTResult, run_sft
 
+RECIPE_SUITE = "recipe"  # what results call the episodes of a recipe's evaluation
 _CURVE_EPISODES = 64
 _CURVE_FIRST_SEED = 10**9  # the curve's episodes are none of the final evaluation's
 
@@ -259,7 +260,7 @@ def suite_of(recipe: Recipe, config: EvalConfig) -> Suite:
         )
         for task in config.tasks or (recipe.env.task,)
     )
-    return Suite("recipe", version=1, cases=cases, protocol=protocol_of(recipe.env, config.split))
+    return Suite(RECIPE_SUITE, version=1, cases=cases, protocol=protocol_of(recipe.env, config.split))
 
 
 def recipe_of(suite: Suite, execution_horizon: int | None) -> Recipe:
