@@ -129,8 +129,8 @@ def test_a_result_survives_its_file(tmp_path):
 
 def test_the_command_makes_a_page_of_the_experiment(tmp_path, capsys):
     file = tmp_path / "forgetting.json"
-    seeds = json.loads(MEASURED.read_text())["seeds"]
-    file.write_text(json.dumps({"seeds": seeds | {"1": seeds["0"]}}))
+    first = json.loads(MEASURED.read_text())["seeds"]["0"]
+    file.write_text(json.dumps({"seeds": {"0": first, "1": first}}))
     assert main(["report", str(file)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "forgetting.html")
     text = (tmp_path / "forgetting.html").read_text(encoding="utf-8")
