@@ -63,8 +63,7 @@ def install(name: str) -> Path:
     python = folder / "bin" / "python"
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     commands = [[sys.executable, "-m", "venv", str(folder)]]
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    commands += [[*pip, *step] for step in steps]
+    commands += [[str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *s] for s in steps]
     for command in commands:
         print("+ " + " ".join(command), file=sys.stderr, flush=True)
         if subprocess.run(command, env=environment).returncode:

@@ -328,12 +328,9 @@ def _install(project: Project, level: str) -> None:
 
 
 def _pip(project: Project, *arguments: str) -> None:
-    """`pip install`, with whatever index, proxy and cache the user's pip is configured to use.
-
-    Without compiling: that takes as long as the rest, and Python compiles what is imported when it is."""
+    """`pip install`, with whatever index, proxy and cache the user's pip is configured to use."""
     quiet = [] if sys.stdout.isatty() else ["--quiet"]
-    pip = [str(project.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-compile"]
-    command = [*pip, *quiet, *arguments]
+    command = [str(project.python), "-m", "pip", "install", "--disable-pip-version-check", *quiet, *arguments]
     environment = {**os.environ, "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0"}
     status = subprocess.run(command, cwd=project.root, env=environment, check=False).returncode
     if status == 1:  # pip gave up by itself and has undone what it began: what was there before still stands
