@@ -39,9 +39,10 @@ demo: setup ## the main job: demonstrations, fine-tuning, reinforcement learning
 demo-control: setup ## the demo's negative control too: the same RL on shuffled advantages, added to runs/demo
 	@$(STAGE) "control: vla-rl run demo --control" $(BIN)/vla-rl run demo --run-dir runs/demo --resume --control $(ARGS)
 
+# Simulators are installed while the types are checked: pip and pyright have one core each.
 test: setup-dev ## everything that must hold: check, tests, the wheel, the short main job
 	@$(MAKE) --no-print-directory sims & sims=$$!; trap 'kill $$sims 2>/dev/null || true' EXIT; \
-	    $(MAKE) --no-print-directory check; wait $$sims  # side by side: pyright and pip have one core each
+	    $(MAKE) --no-print-directory check; wait $$sims
 	@$(MAKE) --no-print-directory unit wheel smoke
 
 check: setup-dev lint format types ## lint, format and types; changes nothing
