@@ -96,11 +96,12 @@ types:
 	@$(BIN)/python tools/link_tree.py
 	@$(STAGE) "types: pyright" $(BIN)/python -m pyright
 
+# A file's tests share what its fixtures made, so they stay in one process.
 unit:
 	@$(STAGE) "tests: pytest in $(TEST_PROCESSES) processes" \
-	    $(PYTEST) -n $(TEST_PROCESSES) -m "not slow and not gpu" --durations 20 $(addprefix --ignore=,$(RAY_TESTS)) $(ARGS)
+	    $(PYTEST) -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not gpu" --durations 20 $(addprefix --ignore=,$(RAY_TESTS)) $(ARGS)
 	$(if $(ARGS),,@for file in $(RAY_TESTS); do \
-	    $(STAGE) "tests with Ray: $$file" $(PYTEST) -m "not slow and not gpu" $$file; done)
+	    $(STAGE) "tests with Ray: $$file" $(PYTEST) -m "not slow and not gpu" --durations 3 $$file; done)
 
 wheel:
 	@$(STAGE) "wheel: built, installed apart, every module imported" $(BIN)/python tools/check_wheel.py
