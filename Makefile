@@ -22,8 +22,9 @@ export PYTHON TORCH
 export OMP_NUM_THREADS ?= 1
 # Environments of simulators that have one of their own: vla-rl env install NAME.
 export VLA_RL_ENVS ?= $(CURDIR)/runs/envs
-# A ROS or conda shell puts foreign packages before those of .venv.
-unexport PYTHONPATH PYTHONHOME
+# A ROS or conda shell puts foreign packages before those of .venv; images of containers forbid Python to keep what it
+# compiled, and then each process compiles the project again.
+unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup setup-dev sims vulkan browser demo demo-control check lint format types test unit wheel smoke test-slow test-gpu bench experiment \
         reference docs clean distclean

@@ -25,6 +25,7 @@ def eval_folder(
     conditions: Mapping[str, int] | None = None,
     filmed: int = 2,
     suite: Mapping[str, object] | None = SUITE,
+    task: str = "reach",
     **config: object,
 ) -> Path:
     """The last `successes` of `n` episodes succeed; under each of `conditions` that many do. Failures reach the stages
@@ -38,7 +39,7 @@ def eval_folder(
             video = f"videos/episode_{i}.mp4" if i < filmed and not condition else ""
             episodes.append(
                 Episode(
-                    "reach", i, f"touch cube {i}", done, done, 6, float(done), done, condition=condition, stage=stage,
+                    task, i, f"touch cube {i}", done, done, 6, float(done), done, condition=condition, stage=stage,
                     initial_state=str(i), latency_ms=3.0, video=video,
                 )
             )  # fmt: skip

@@ -23,7 +23,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.words: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
+        self.feed(text.replace("<wbr>", ""))  # a place where a word may break
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):

@@ -150,3 +150,15 @@ def test_a_browser_shows_it_without_scrolling_sideways_and_sorts(tmp_path, width
         "document.querySelector('.strip').naturalWidth > 300, v.error].join(' '); })()"
     )
     assert in_browser(tmp_path, text, expression, width=width) == "true ascending 256 true "
+
+
+@NEEDS_CHROMIUM
+def test_a_name_as_long_as_a_sentence_does_not_push_the_numbers_out(tmp_path):
+    task = "libero_spatial/pick_up_the_black_bowl_in_the_top_drawer_of_the_wooden_cabinet_and_place_it_on_the_plate"
+    html, text = page(eval_folder(tmp_path / "rl", 12, task=task))
+    assert task in html.text
+    expression = (
+        "(() => { const t = document.querySelector('table.sortable');"
+        "return t.parentElement.scrollWidth <= t.parentElement.clientWidth; })()"
+    )
+    assert in_browser(tmp_path, text, expression, width=1000) == "true"

@@ -32,6 +32,7 @@ from vla_rl.evaluation.page import (
     p_value,
     provenance_section,
     section,
+    task_cell,
     video_element,
     write_page,
 )
@@ -157,7 +158,7 @@ def _tasks(comparisons: Comparisons) -> str:
         return ""
     rows = []
     for task, first in reference.per_task.items():
-        cells = [escape(task), str(first.first.n), _rate(first.first)]
+        cells = [task_cell(task), str(first.first.n), _rate(first.first)]
         for one in comparisons.against_first:
             r = one.per_task[task]
             cells.append(_rate(r.second))

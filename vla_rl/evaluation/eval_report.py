@@ -20,6 +20,7 @@ from vla_rl.evaluation.page import (
     html_table,
     provenance_section,
     section,
+    task_cell,
     write_page,
 )
 from vla_rl.evaluation.profiles import profiles_section
@@ -204,7 +205,7 @@ def _tasks(nominal: Sequence[Episode], criterion: str) -> str:
         s = Summary.of(episodes)
         bars = [rate_bar(r, "trained") if name == criterion else "" for name, r in _both(s)]
         cells = [f"{r.rate:.1%} {bar}<small>{interval(r)}</small>" for (_, r), bar in zip(_both(s), bars, strict=True)]
-        rows.append([escape(task), *cells, str(len(episodes)), f"{s.mean_length:.1f}", f"{s.mean_return:.2f}"])
+        rows.append([task_cell(task), *cells, str(len(episodes)), f"{s.mean_length:.1f}", f"{s.mean_return:.2f}"])
     header = ("task", "success once", "success at end", "episodes", "length", "return")
     hint = "Brackets and whiskers: Wilson intervals. Length in control steps. A click on a column sorts by it."
     return section("By task", html_table(header, rows, kind="sortable"), hint)

@@ -18,6 +18,7 @@ from vla_rl.evaluation.page import (
     html_table,
     provenance_section,
     section,
+    task_cell,
     write_page,
 )
 from vla_rl.evaluation.profiles import profiles_section
@@ -124,7 +125,7 @@ def _tasks(comparison: MethodsComparison) -> str:
     scores = [mean_scores(m.outcomes) for m in comparison.methods]
     rows = [
         [
-            escape(task),
+            task_cell(task),
             *(f"{s[:, t].mean():.1%}<small>{s[:, t].min():.1%} to {s[:, t].max():.1%}</small>" for s in scores),
         ]
         for t, task in enumerate(comparison.tasks)

@@ -104,6 +104,12 @@ def section(title: str, body: str, hint: str = "") -> str:
     return f"<section><h2>{escape(title)}</h2>{said}{body}</section>" if body else ""
 
 
+def task_cell(task: str) -> str:
+    """A task's name that may break after "_" and "/": those of LIBERO are sentences, which would push the numbers out
+    of the page."""
+    return escape(task).replace("_", "_<wbr>").replace("/", "/<wbr>")
+
+
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = "") -> str:
     """`header` is text, the cells are HTML. The first column is a name, the others are numbers. `kind`: a class of
     report.css, such as "sortable"."""
