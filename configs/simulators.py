@@ -180,7 +180,7 @@ def libero_object() -> Recipe:
         train=replace(
             start.train,
             horizon=chunk,
-            replay=replace(start.train.replay, gamma=0.97),
+            replay=replace(start.train.replay, gamma=0.99),
             offline=replace(start.train.offline, num_updates=300),
             online=online,
             online_agent=replace(start.train.online_agent, policy_updates=2),

@@ -321,6 +321,7 @@ def _install(project: Project, level: str) -> None:
     project.unfinished.touch()
     _pip(project, *project.first)
     _pip(project, "--no-build-isolation", "--editable", f".{_EXTRAS[level]}")
+    _compile(project)
     version = _ask(project, "import sys; print('%d.%d' % sys.version_info[:2])")
     stamp = {"level": level, "root": str(project.root), "python": version, "fingerprint": fingerprint(project)}
     project.stamp.write_text(json.dumps(stamp), encoding="utf-8")
@@ -330,7 +331,8 @@ def _install(project: Project, level: str) -> None:
 def _pip(project: Project, *arguments: str) -> None:
     """`pip install`, with whatever index, proxy and cache the user's pip is configured to use."""
     quiet = [] if sys.stdout.isatty() else ["--quiet"]
-    command = [str(project.python), "-m", "pip", "install", "--disable-pip-version-check", *quiet, *arguments]
+    command = [str(project.python), "-m", "pip", "install", "--no-compile", "--disable-pip-version-check", *quiet]
+    command += arguments
     environment = {**os.environ, "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0"}
     status = subprocess.run(command, cwd=project.root, env=environment, check=False).returncode
     if status == 1:  # pip gave up by itself and has undone what it began: what was there before still stands
@@ -340,6 +342,12 @@ def _pip(project: Project, *arguments: str) -> None:
             f"pip could not install {' '.join(arguments)} (see above). It needs the network, or an index that pip is\n"
             "configured to use. Make that work, then run the same command again."
         )
+
+
+def _compile(project: Project) -> None:
+    """What pip does on one core, on all. Some packages hold files that are not for this Python: not an error."""
+    command = [str(project.python), "-m", "compileall", "-qq", "-j", "0", str(project.venv / "lib")]
+    subprocess.run(command, check=False)
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from vla_rl.protocols import StepEnv
 
 @dataclass
 class ReferenceStep:
-    obs: Observation
-    next_obs: Observation
+    obs: Observation = field(init=False)
+    next_obs: Observation = field(init=False)
     rewards: list[float] = field(default_factory=list)
     executed: list[bool] = field(default_factory=list)
     terminated: bool = False
@@ -43,7 +43,7 @@ class Reference:
 
     def step(self, actions: torch.Tensor) -> ReferenceStep:
         """`actions [K, A]`."""
-        result = ReferenceStep(obs=self.observe(), next_obs=self.observe())
+        result = ReferenceStep()
         ended_here = False
         for i in range(len(actions)):
             if self.over:
@@ -62,11 +62,11 @@ class Reference:
                 result.terminated, result.truncated = bool(outcome.terminated[0]), truncated
                 result.end_step = i
                 self.over = ended_here = True
-        result.next_obs = self.observe()
+        result.obs = result.next_obs = self.observe()
         if ended_here and self.auto_reset:
             self.episode += 1
             self._begin()
-        result.obs = self.observe()
+            result.obs = self.observe()
         return result
 
     def discounted(self, result: ReferenceStep, gamma: float) -> tuple[float, float]:

@@ -48,16 +48,19 @@ def _assert_equal_obs(a, b, row_a: int, row_b: int) -> None:
 def test_equals_the_per_step_reference(make, auto_reset: bool) -> None:
     """Also says that a result does not depend on num_envs: the reference has one environment, the batch three."""
     seeds = [3, 11, 12]
-    env = ChunkedEnv(make(3), auto_reset=auto_reset)
+    one, env = make(1), ChunkedEnv(make(3), auto_reset=auto_reset)
+    chunks = [_actions(one, 3, t) for t in range(CHUNKS)]
+    references = []
+    for i, seed in enumerate(seeds):
+        reference = Reference(one, seed, images=True, auto_reset=auto_reset)
+        references.append((reference.observe(), [reference.step(actions[i]) for actions in chunks]))
     obs = env.reset(seeds)
-    references = [Reference(make(1), s, images=True, auto_reset=auto_reset) for s in seeds]
-    for i, reference in enumerate(references):
-        _assert_equal_obs(obs, reference.observe(), i, 0)
-    for t in range(CHUNKS):
-        actions = _actions(env._env, 3, t)
+    for i, (first, _) in enumerate(references):
+        _assert_equal_obs(obs, first, i, 0)
+    for t, actions in enumerate(chunks):
         step = env.step(actions)
-        for i, reference in enumerate(references):
-            expected = reference.step(actions[i])
+        for i, (_, steps) in enumerate(references):
+            expected = steps[t]
             assert step.rewards[i].tolist() == expected.rewards
             assert step.executed[i].tolist() == expected.executed
             assert (step.terminated[i].item(), step.truncated[i].item()) == (expected.terminated, expected.truncated)
