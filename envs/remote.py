@@ -141,7 +141,8 @@ class _Worker:
             raise _Died(self.last_words()) from None
         if "error" in message:
             error = SimulatorError(message["error"])
-            error.add_note(message["traceback"])
+            if message["traceback"]:
+                error.add_note(message["traceback"])
             raise error
         return message, arrays
 

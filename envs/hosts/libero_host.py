@@ -106,14 +106,23 @@ class LiberoEnv:
         self._language = language_of(name)
         states = read_init_states(root / "init_files" / suite / f"{name}.pruned_init")
         self._init_states = states[np.array(options["init_state_ids"], dtype=int)]
-        self._env: Any = env_wrapper.ControlEnv(
-            bddl_file_name=str(root / "bddl_files" / suite / f"{name}.bddl"),
-            has_offscreen_renderer=False,
-            use_camera_obs=False,
-            ignore_done=True,
-            hard_reset=True,  # a soft one keeps traces of the episode before
-            control_freq=20,
-        ).env
+        try:
+            self._env: Any = env_wrapper.ControlEnv(
+                bddl_file_name=str(root / "bddl_files" / suite / f"{name}.bddl"),
+                has_offscreen_renderer=False,
+                use_camera_obs=False,
+                ignore_done=True,
+                hard_reset=True,  # a soft one keeps traces of the episode before
+                control_freq=20,
+            ).env
+        except FileNotFoundError as error:
+            if "assets" not in Path(str(error.filename)).parts:
+                raise
+            raise FileNotFoundError(
+                f"LIBERO's scene assets are not on this machine ({error.filename} is missing). LIBERO fetches them "
+                "from its model hub at first use, which needs the network; or copy them from a machine that has them "
+                "and set VLA_RL_LIBERO_ASSETS to the folder that holds their folder 'scenes'"
+            ) from None
         self._refresh = self._env._update_observables
         self._env._update_observables = lambda force=False: None  # noqa: ARG005 (robosuite's argument)
         self._env._get_observations = lambda force_update=False: {}  # noqa: ARG005

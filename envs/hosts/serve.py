@@ -118,6 +118,15 @@ class Server:
             env.close()
 
 
+def _where(error: Exception) -> str:
+    """The traceback of what comes from a simulator's depths; "" for what a host says itself, which is all there is to
+    know."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, OSError | ValueError) and Path(last.filename).parent == Path(__file__).parent:
+        return ""
+    return traceback.format_exc()
+
+
 def main(fd: int) -> None:
     """Answer until the socket closes."""
     channel = socket.socket(fileno=fd)
@@ -138,7 +147,7 @@ def main(fd: int) -> None:
             sent = reply.pop("arrays", {})
         except Exception as error:
             # the simulator's own errors are the user's to read; only the process's death is not
-            reply, sent = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}, {}
+            reply, sent = {"error": f"{type(error).__name__}: {error}", "traceback": _where(error)}, {}
         protocol.send(channel, reply, sent)
     if server is not None:
         server.close()

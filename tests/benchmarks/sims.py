@@ -37,6 +37,7 @@ from vla_rl.envs.install import environments_folder, simulator_python
 from vla_rl.envs.libero import LiberoConfig
 from vla_rl.envs.maniskill import ManiSkillConfig
 from vla_rl.envs.metaworld import MetaworldConfig
+from vla_rl.envs.remote import SimulatorError
 from vla_rl.envs.robosuite import RobosuiteConfig
 from vla_rl.vulkan import driver_environment
 
@@ -115,7 +116,7 @@ def main(config: SimsConfig) -> None:
             case = f"{name}_{'vision' if vision else 'state'}"
             try:
                 values = _measure(name, vision, config)
-            except (FileNotFoundError, PeerUnavailableError) as error:
+            except (FileNotFoundError, PeerUnavailableError, SimulatorError) as error:
                 skipped[case] = str(error)
                 continue
             rates[case] = summary(values)

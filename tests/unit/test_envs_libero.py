@@ -229,6 +229,18 @@ def test_bad_configurations_are_told_before_anything_starts(monkeypatch: pytest.
         LiberoConfig().make(1, split="train")
 
 
+@needs_libero
+def test_missing_assets_are_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("VLA_RL_LIBERO_ASSETS")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(
+        SimulatorError, match=r"scene assets are not on this machine .* set VLA_RL_LIBERO_ASSETS"
+    ) as told:
+        LiberoConfig(cameras=()).make(1, split="test")
+    assert not hasattr(told.value, "__notes__")  # no traceback: nothing of it helps
+
+
 def test_init_state_files_may_hold_arrays_only(tmp_path: Path) -> None:
     """The reader of LIBERO's torch archives unpickles numpy arrays and refuses anything else."""
     source = (HOSTS / "libero_host.py").read_text()
