@@ -170,14 +170,13 @@ class Person:
         self._scene.close()
 
 
-def on_the_twin(start: Path, *, person: bool) -> ChunkedEnv:
-    """The twin's arm, rewarded by the classifier."""
+def on_the_twin(start: Path, method: str, *, person: bool) -> ChunkedEnv:
+    """The twin's arm, rewarded by the classifier, whose rewards are counted in a file of `method`."""
     assert isinstance(RECIPE.env, TwinEnvConfig)
     robot = TwinRobot(replace(RECIPE.env, max_state_age_s=0.5, silence_s=0.5), "train")  # patient: a busy machine
     try:
         teleop = Person(robot) if person else None
-        counts = start.parent / f"rewards_{'hil' if person else 'alone'}.json"
-        success = LearnedSuccess(start, robot, counts)
+        success = LearnedSuccess(start, robot, start.parent / f"rewards_{method}.json")
         return robot.env(teleop=teleop, success=success, auto_reset=True, final_images=True)
     except BaseException:
         robot.close()
@@ -190,14 +189,16 @@ EXPERIMENT = Experiment(
     prepare=prepare,
     make_env=envs_of(SIMULATED),
     methods={
-        "hil": Method("a person takes over", RECIPE.train, train_env=lambda start: on_the_twin(start, person=True)),
+        "hil": Method("a person takes over", RECIPE.train, train_env=lambda s: on_the_twin(s, "hil", person=True)),
         "no_reward": Method(
             "a person, no reward",
             without_reward(RECIPE.train),
             "other",
-            train_env=lambda s: on_the_twin(s, person=True),
+            train_env=lambda s: on_the_twin(s, "no_reward", person=True),
         ),
-        "alone": Method("without a person", RECIPE.train, "other", train_env=lambda s: on_the_twin(s, person=False)),
+        "alone": Method(
+            "without a person", RECIPE.train, "other", train_env=lambda s: on_the_twin(s, "alone", person=False)
+        ),
     },
     num_episodes=256,
     first_episode=0,
