@@ -26,7 +26,7 @@ from vla_rl.policies.blocks.normalizer_buffers import NormalizerBuffers
 from vla_rl.policies.build import PolicyConfig
 from vla_rl.policies.checkpoints.native import policy_class_of
 from vla_rl.policies.flow_mlp import FlowMLPConfig
-from vla_rl.protocols import LearnsFromPrefix, TokenPolicy, chunk_shape, require
+from vla_rl.protocols import LearnsFromPrefix, Prefix, TokenPolicy, chunk_shape, require
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,20 @@ class SteeredPolicy(DeployedAgent):
         """A chunk to explore with, [N, H, A] in the environment's units."""
         return self._chunk(obs, noise, explore=True)
 
-    @torch.no_grad()
     def base_chunks(self, rows: Array, noise: Array) -> Array:
-        """Rows [M, R] (`FlatPrefix`) and noise [M, H, A] -> the base policy's chunks as they are executed, in [-1, 1].
+        """Rows [M, R] (`FlatPrefix`) and noise [M, H, A] -> chunks [M, H, A] as of `chunks_of`."""
+        device = self.action_normalizer.offset.device
+        return to_jax(self.chunks_of(self._flat.unflatten(to_torch(rows, device)), to_torch(noise, device)))
+
+    @torch.no_grad()
+    def chunks_of(self, prefix: Prefix, noise: Tensor) -> Tensor:
+        """Prefix of M observations and noise [M, H, A] -> the base policy's chunks as they are executed, in [-1, 1].
 
         Padded dimensions of the base policy's chunk get the mean of their noise, zero.
         """
-        device = self.action_normalizer.offset.device
-        prefix = self._flat.unflatten(to_torch(rows, device))
         padding = chunk_shape(self.base)[1] - self.action_dim
-        chunks = self.base.chunks(prefix, functional.pad(to_torch(noise, device), (0, padding)))
-        return to_jax(self.action_normalizer.normalize(self.base.unnormalize_actions(chunks)).clamp(-1.0, 1.0))
+        chunks = self.base.chunks(prefix, functional.pad(noise, (0, padding)))
+        return self.action_normalizer.normalize(self.base.unnormalize_actions(chunks)).clamp(-1.0, 1.0)
 
     @torch.no_grad()
     def _chunk(self, obs: Observation, noise: Tensor, explore: bool) -> Tensor:

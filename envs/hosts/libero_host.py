@@ -157,6 +157,7 @@ class LiberoEnv:
         self._env.sim.set_state_from_flattened(self._init_states[seed % len(self._init_states)])
         self._env.sim.forward()
         self._env._post_process()
+        _once_a_substep(self._env.sim)
         for _ in range(self._options["settle_steps"]):
             self._env.step(_NULL_ACTION)
         self._steps = 0
@@ -208,6 +209,30 @@ class LiberoEnv:
         for name, fixture in self._env.fixtures_dict.items():
             for i, joint in enumerate(fixture.joints):
                 yield f"{name}_joint_{i}", float(data.qpos[self._env.sim.model.get_joint_qpos_addr(joint)])
+
+
+def _once_a_substep(sim: Any) -> None:
+    """Let `sim` compute positions and velocities once a substep, bit for bit what it did (tested).
+
+    robosuite 1.4 calls mj_forward for itself, again for its controller, and mj_step, which begins with the same: three
+    times what mj_step1 does before the controls are set and mj_step2 after. Other calls of `forward` than those of a
+    substep must come before this one; a hard reset makes another `sim`."""
+    mujoco, model, data = mujoco_view.mujoco, sim.model._model, sim.data._data
+    is_known = False  # what follows from the present positions and velocities
+
+    def forward() -> None:
+        nonlocal is_known
+        if not is_known:
+            mujoco.mj_step1(model, data)
+            is_known = True
+
+    def step(with_udd: bool = True) -> None:  # noqa: ARG001 (robosuite's argument)
+        nonlocal is_known
+        forward()
+        mujoco.mj_step2(model, data)
+        is_known = False
+
+    sim.forward, sim.step = forward, step
 
 
 def _rotation_vector(quaternion: np.ndarray) -> np.ndarray:

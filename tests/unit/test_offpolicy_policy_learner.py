@@ -65,9 +65,9 @@ def reward_of(state, actions):
     return -np.square(actions - best).sum(axis=-1)
 
 
-def make_buffer(name, num_episodes=128, steps=1):
+def make_buffer(name, num_episodes=128, steps=1, feature_dim=None):
     """Uniform actions; the reward is known at once, an episode is one decision."""
-    feature_dim = make_policy(name).feature_dim
+    feature_dim = feature_dim or make_policy(name).feature_dim
     cameras = {"agent": (32, 32)} if name == "tiny" else {}
     config = ReplayConfig(capacity=num_episodes * (steps + 1), gamma=0.9)
     buffer = ReplayBuffer(config, state_dim=3, action_dim=2, cameras=cameras, feature_dim=feature_dim)

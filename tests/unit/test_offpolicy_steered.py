@@ -30,6 +30,7 @@ from vla_rl.offpolicy.networks import ActorNetConfig
 from vla_rl.offpolicy.prefix_critic import PrefixCriticConfig
 from vla_rl.offpolicy.residual import ResidualConfig
 from vla_rl.offpolicy.steered_learner import SteeredLearner
+from vla_rl.offpolicy.steering import stored_chunks
 from vla_rl.offpolicy.wsrl import CarryOver
 from vla_rl.policies.build import build_policy
 from vla_rl.policies.checkpoints.native import load_policy, save_policy
@@ -51,6 +52,7 @@ SAC = replace(
 AGENTS: dict[str, Any] = {
     "dsrl": DSRLConfig(sac=SAC),
     "expo": ExpoConfig(4, EDIT, CRITIC, critic_learning_rate=3e-3, target_reduction=MIN),
+    "expo_stored": ExpoConfig(4, EDIT, CRITIC, critic_learning_rate=3e-3, target_reduction=MIN, num_stored=8),
     "residual": ResidualConfig(EDIT, CRITIC, critic_learning_rate=3e-3, target_reduction=MIN),
 }
 
@@ -85,7 +87,7 @@ def trained() -> Any:
         learner = single_step_learner(name)
         base = {key: value.clone() for key, value in learner.policy.base.state_dict().items()}
         untrained = learner.policy.act(observation(), noise_of()).actions
-        metrics = train(learner, make_buffer("flow_mlp"), 100)
+        metrics = train(learner, make_buffer("flow_mlp", feature_dim=learner.feature_dim), 100)
         assert {"td_loss", "q_policy", "temperature"} <= set(metrics)
         learner.publish()
         return learner, base, untrained
@@ -98,7 +100,7 @@ def test_steering_finds_better_chunks_of_a_policy_that_stays_as_it_is(name, trai
     (learner, base, untrained), obs, noise = trained(name), observation(), noise_of()
     policy = learner.policy
     of_base, of_zeros = (policy.base.act(obs, z).actions.clamp(-1, 1) for z in (noise, 0 * noise))
-    if name == "expo":  # before: one of four base chunks, hardly edited
+    if name.startswith("expo"):  # before: one of four base chunks, hardly edited
         draws = torch.from_numpy(np.array(candidate_noise(jnp.asarray(noise.numpy()), 8)))[:4]
         candidates = torch.stack([policy.base.act(obs, z).actions for z in draws]).clamp(-1, 1)
         assert float((untrained - candidates).abs().amax(dim=(2, 3)).min(dim=0).values.max()) < 0.03
@@ -128,7 +130,9 @@ def test_a_steered_policy_is_one_folder_with_its_base(name, trained, tmp_path):
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_a_learner_goes_on_bit_for_bit_and_on_its_own_base_policy(name, trained, tmp_path):
-    (whole, *_), buffer, rng = trained(name), make_buffer("flow_mlp", 32), np.random.default_rng(3)
+    (whole, *_), rng = trained(name), np.random.default_rng(3)
+    buffer = make_buffer("flow_mlp", 32, feature_dim=whole.feature_dim)
+    whole.prepare(buffer)
     save_state(tmp_path / "state.pt", whole.state_dict() | {"rng": rng.bit_generator.state})
     wanted = train(whole, buffer, 2, rng)
     other, state = single_step_learner(name, seed=9), load_state(tmp_path / "state.pt")
@@ -178,6 +182,40 @@ def test_a_critic_of_every_prefix_gets_chunks_at_every_successor():
     assert learner.needs_prefixes
     metrics = train(learner, make_buffer("flow_mlp", 24, steps=3), 1)
     assert np.isfinite(float(metrics["td_loss"]))
+
+
+def test_stored_base_chunks_are_drawn_with_the_features_and_learning_asks_for_no_others(monkeypatch):
+    learner = make_learner("expo_stored", "tiny", num_base=2, num_stored=3)
+    policy = learner.policy
+    buffer = make_buffer("tiny", 6, steps=3, feature_dim=learner.feature_dim)
+    learner.prepare(buffer)
+    rows = np.flatnonzero(buffer.rows.featured)
+    noise = torch.randn(3, len(rows), 2, 2, generator=torch.Generator().manual_seed(0))
+    prefix = policy.base.encode(policy.base.preprocess(buffer.observations(rows)))
+    expected = torch.stack([policy.chunks_of(prefix, z) for z in noise], dim=1)
+    features, stored = np.split(buffer.rows.obs[rows, : learner.feature_dim], [policy.base.feature_dim], axis=1)
+    np.testing.assert_array_equal(features, prefix.pooled.numpy())
+    np.testing.assert_allclose(stored.reshape(expected.shape), expected.numpy(), atol=1e-6)
+    monkeypatch.setattr(policy.base, "chunks", None)
+    train(learner, buffer, 2)
+
+
+def test_an_update_takes_different_ones_of_the_stored_chunks_and_in_time_all():
+    chunks = jnp.arange(5.0)[:, None, None] * jnp.ones((1, 2, 3))  # five, known by their number
+    rows = jnp.broadcast_to(jnp.concatenate([-jnp.ones(4), chunks.reshape(-1)]), (2, 50, 34))
+    generator = np.random.default_rng(0)
+    got = np.asarray(stored_chunks(rows, 4, (2, 3), 3, lambda shape: jnp.asarray(generator.normal(size=shape))))
+    assert got.shape == (2, 3, 50, 2, 3)
+    numbers = got[..., 0, 0]
+    assert (got == numbers[..., None, None]).all()
+    assert all(len(set(numbers[u, :, m])) == 3 for u in range(2) for m in range(50))
+    counts = np.bincount(numbers.astype(int).reshape(-1), minlength=5)
+    assert abs(counts / 60 - 1).max() < 0.5
+
+
+def test_fewer_stored_chunks_than_an_update_takes_are_refused():
+    with pytest.raises(ValueError, match="num_stored is 2: give 0, or at least num_base 4"):
+        ExpoConfig(num_base=4, num_stored=2)
 
 
 def test_what_cannot_be_steered_is_refused_before_a_run():

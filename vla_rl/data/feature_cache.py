@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vla_rl.data.flat_prefix import FlatPrefix
 from vla_rl.data.replay import ReplayBuffer
-from vla_rl.protocols import HasFeatures, require
+from vla_rl.protocols import HasFeatures, Prefix, require
+
+
+class Rows(Protocol):
+    """Prefixes of M observations as rows, float32 [M, width]."""
+
+    width: int
+
+    def flatten(self, prefix: Prefix) -> Tensor: ...
 
 
 class FeatureCache:
@@ -19,16 +27,16 @@ class FeatureCache:
     what critics get.
 
     Call `refresh` after data came in or parameters may have changed, before sampling; sampling rows without features is
-    an error. `batch_size` is of the encoder's calls.
+    an error. `batch_size` is of the encoder's calls. `flat`: other rows than `FlatPrefix`'s.
     """
 
-    def __init__(self, policy: Any, batch_size: int = 256) -> None:
+    def __init__(self, policy: Any, batch_size: int = 256, flat: Rows | None = None) -> None:
         require(policy, HasFeatures, by="FeatureCache")
         if not isinstance(policy, nn.Module):
             raise TypeError(f"FeatureCache needs a torch module to tell when it changes, got {type(policy).__name__}")
         self.policy: Any = policy
         self.batch_size = batch_size
-        self.flat = FlatPrefix(policy)
+        self.flat: Rows = flat or FlatPrefix(policy)
 
     def fingerprint(self) -> str:
         """Hash of everything that does not learn in the policy, which a frozen encoder is part of.

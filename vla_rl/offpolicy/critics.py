@@ -55,9 +55,8 @@ class MLPCritic(nnx.Module):
         )
 
     def __call__(self, obs: Array, actions: Array) -> Array:
-        """[B, O], [B, H, A] -> [E, B, 1, D]."""
-        flat = actions.reshape(actions.shape[0], -1)
-        return self.mlp(jnp.concatenate([obs, flat], axis=-1))[:, :, None]
+        """[B, O], [N * B, H, A] -> [E, N * B, 1, D], as `candidate_values` wants it."""
+        return self.mlp(obs, actions.reshape(actions.shape[0], -1))[:, :, None]
 
 
 CriticConfig = MLPCriticConfig | PrefixCriticConfig
@@ -98,10 +97,12 @@ class EnsembleReduction:
 def candidate_values(
     critic: Network, head: ValueHead, params: Params, obs: Array | np.ndarray, candidates: Array
 ) -> Array:
-    """obs [B, O], candidates [N, B, H, A] -> values [E, N, B, P]."""
+    """obs [B, O], candidates [N, B, H, A] -> values [E, N, B, P].
+
+    A critic gets each observation once, however many chunks it judges there: features of a VLA are much wider than a
+    chunk, and most of its first layer's work."""
     n, b = candidates.shape[:2]
-    tiled = jnp.broadcast_to(obs, (n, *obs.shape)).reshape(n * b, -1)
-    out = critic(params, tiled, candidates.reshape(n * b, *candidates.shape[2:]))
+    out = critic(params, jnp.asarray(obs), candidates.reshape(n * b, *candidates.shape[2:]))
     return head.value(out).reshape(out.shape[0], n, b, -1)
 
 

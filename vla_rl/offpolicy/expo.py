@@ -41,7 +41,9 @@ class ExpoConfig:
 
     `num_base`: N, chunks that the base policy is asked for. `target_reduction`: of the target's members.
     `pick_reduction`: of the online members, to pick among candidates and to train edits (ours: the mean, as RLPD's
-    actor has it). `actor_batch`: what the edit step sees; RLPD's last minibatch.
+    actor has it). `actor_batch`: what the edit step sees; RLPD's last minibatch. `num_stored`: base chunks that are
+    drawn once for each stored observation, of which every update takes N at random (ours, for base policies that are
+    slow to sample: an update asks them for nothing); 0 draws them anew in every update, as EXPO does.
     """
 
     num_base: int = 8
@@ -52,8 +54,13 @@ class ExpoConfig:
     target_reduction: EnsembleReduction = field(default_factory=lambda: EnsembleReduction("min", 2))
     pick_reduction: EnsembleReduction = field(default_factory=lambda: EnsembleReduction("mean", None))
     actor_batch: ActorBatch = "last"
+    num_stored: int = 0
 
     def __post_init__(self) -> None:
+        if self.num_stored and self.num_stored < self.num_base:
+            raise ValueError(
+                f"ExpoConfig.num_stored is {self.num_stored}: give 0, or at least num_base {self.num_base}"
+            )
         if self.num_base < 1 or not 0.0 < self.tau <= 1.0:
             raise ValueError(f"ExpoConfig needs num_base >= 1 and 0 < tau <= 1, got {self.num_base}, {self.tau}")
 

@@ -104,6 +104,20 @@ class EnsembleLinear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         return jnp.einsum("ebi,eio->ebo", x, self.kernel[...]) + self.bias[...]
 
+    def of_parts(self, *parts: Array) -> Array:
+        """Of `parts` [B / n, I_i] side by side, the same for every member: [E, B, out_dim]. A part with fewer rows than
+        others is repeated n times, and multiplied once."""
+        num_rows = max(len(part) for part in parts)
+        if all(len(part) == num_rows for part in parts):
+            x = jnp.concatenate(parts, axis=-1)
+            return self(jnp.broadcast_to(x, (self.num_members, *x.shape)))
+        out, begin = self.bias[...], 0
+        for part in parts:
+            kernel = self.kernel[:, begin : begin + part.shape[1]]
+            out = out + jnp.tile(jnp.einsum("bi,eio->ebo", part, kernel), (1, num_rows // len(part), 1))
+            begin += part.shape[1]
+        return out
+
 
 class EnsembleLayerNorm(nnx.Module):
     """LayerNorm over the last axis with a scale and a shift for each of E members."""
@@ -119,7 +133,7 @@ class EnsembleLayerNorm(nnx.Module):
 
 
 class EnsembleMLP(nnx.Module):
-    """E independent MLPs of one input: [B, I] -> [E, B, out_dim]."""
+    """E independent MLPs of one input, which comes in parts (`EnsembleLinear.of_parts`): [B, I] -> [E, B, out_dim]."""
 
     def __init__(
         self,
@@ -140,12 +154,15 @@ class EnsembleMLP(nnx.Module):
         self.out = EnsembleLinear(num_members, sizes[-1], out_dim, rngs=rngs, scale=1.0)
         self.activation = activation
 
-    def __call__(self, x: Array) -> Array:
-        h = jnp.broadcast_to(x, (self.out.num_members, *x.shape))
-        for i, linear in enumerate(self.linear):
-            h = linear(h)
-            h = self.activation(self.norm[i](h) if self.norm else h)
+    def __call__(self, *parts: Array) -> Array:
+        first, *others = self.linear
+        h = self._activated(0, first.of_parts(*parts))
+        for i, linear in enumerate(others, start=1):
+            h = self._activated(i, linear(h))
         return self.out(h)
+
+    def _activated(self, layer: int, h: Array) -> Array:
+        return self.activation(self.norm[layer](h) if self.norm else h)
 
 
 # ------------------------------------------------------------------------------------------------------------ actors

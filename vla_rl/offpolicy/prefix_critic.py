@@ -63,9 +63,10 @@ class PrefixCritic(nnx.Module):
         self.out = EnsembleLinear(members, width, config.head.out_dim, rngs=rngs, scale=1.0)
 
     def __call__(self, obs: Array, actions: Array) -> Array:
-        """[B, O], [B, H, A] -> [E, B, H, D]."""
+        """[B, O], [N * B, H, A] -> [E, N * B, H, D], as `candidate_values` wants it."""
         members, (b, h, a) = self.out.num_members, actions.shape
-        state = self.from_obs(jnp.broadcast_to(obs, (members, *obs.shape)))[:, :, None]
+        of_obs = self.from_obs(jnp.broadcast_to(obs, (members, *obs.shape)))
+        state = jnp.tile(of_obs, (1, b // len(obs), 1))[:, :, None]
         action = self.from_action(jnp.broadcast_to(actions.reshape(b * h, a), (members, b * h, a)))
         tokens = jnp.concatenate([state, action.reshape(members, b, h, -1)], axis=2) + self.position[...]
         x = tokens.reshape(members, b * (1 + h), -1)

@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import Array
+from torch import Tensor
 
 from vla_rl.data.feature_cache import FeatureCache
 from vla_rl.data.replay import ReplayBatch, ReplayBuffer
+from vla_rl.offpolicy.expo import ExpoConfig
 from vla_rl.offpolicy.learner import AgentLearner
 from vla_rl.offpolicy.steering import steered_update
 from vla_rl.offpolicy.update import Metrics
 from vla_rl.policies.steered import SteeredPolicy
+from vla_rl.protocols import Prefix
 from vla_rl.train.checkpoint import CheckpointError
 
 
@@ -24,7 +27,9 @@ class SteeredLearner(AgentLearner):
 
     def __init__(self, policy: SteeredPolicy, seed: int) -> None:
         super().__init__(policy, seed)
-        self._cache = FeatureCache(self.policy.base)
+        num_stored = policy.config.agent.num_stored if isinstance(policy.config.agent, ExpoConfig) else 0
+        stored = _FeaturesAndChunks(policy, num_stored, self._generator) if num_stored else None
+        self._cache = FeatureCache(self.policy.base, flat=stored)
         self.feature_dim: int = self._cache.flat.width
 
     def prepare(self, buffer: ReplayBuffer) -> None:
@@ -50,11 +55,26 @@ class SteeredLearner(AgentLearner):
         super().load_state_dict(state)
 
     def _seen(self, obs: np.ndarray) -> np.ndarray:
-        """Rows of the base policy alone: they hold the state."""
+        """Rows of the cache alone: they hold the state."""
         return obs[..., : self.feature_dim]
 
     def _normal(self, shape: tuple[int, ...]) -> Array:
         return jnp.asarray(torch.randn(shape, generator=self._generator).numpy())
+
+
+class _FeaturesAndChunks:
+    """Rows [M, F + S * H * A]: what the agent sees, and S base chunks in [-1, 1], drawn when it was encoded."""
+
+    def __init__(self, policy: SteeredPolicy, num_chunks: int, generator: torch.Generator) -> None:
+        self._policy, self._num_chunks, self._generator = policy, num_chunks, generator
+        self.width: int = policy.base.feature_dim + num_chunks * policy.action_horizon * policy.action_dim
+
+    def flatten(self, prefix: Prefix) -> Tensor:
+        """float32 [M, width]."""
+        features = prefix.pooled.float()
+        shape = (self._num_chunks, len(features), self._policy.action_horizon, self._policy.action_dim)
+        noise = torch.randn(shape, generator=self._generator).to(features.device)
+        return torch.cat([features, *(self._policy.chunks_of(prefix, z).flatten(1) for z in noise)], dim=1)
 
 
 __all__ = ["SteeredLearner"]

@@ -8,7 +8,8 @@
 
 The base policy is a function of rows [M, R] (`FlatPrefix`) and noise [M, H, A] to chunks [M, H, A] as the environment
 executes them, in [-1, 1]; the agent sees the first F numbers of a row, its features. The residual's correction is of a
-whole chunk, made at the decision; with a horizon of 1 it is ResiP's closed loop.
+whole chunk, made at the decision; with a horizon of 1 it is ResiP's closed loop. With `ExpoConfig.num_stored` a row of
+replay is the features and the base chunks that were drawn for them, and learning never calls the base policy.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from vla_rl.data.replay import ReplayBatch
 from vla_rl.offpolicy.bc_flow import candidate_noise
 from vla_rl.offpolicy.build import SteeringAgent
 from vla_rl.offpolicy.dsrl import DSRLNA, NoiseDistillation
+from vla_rl.offpolicy.expo import Expo
 from vla_rl.offpolicy.residual import Residual
 from vla_rl.offpolicy.train_state import TrainState
 from vla_rl.offpolicy.update import Metrics
@@ -62,6 +64,9 @@ def steered_update(
     if agent.num_prefixes > 1:
         following = jnp.asarray(prefix_next).reshape(u, -1, obs.shape[-1])
     rows = following.shape[1]
+    if isinstance(agent, Expo) and agent.config.num_stored:
+        following_chunks = stored_chunks(following, f, (h, a), agent.config.num_base, normal)
+        return agent.update(state, batches, stored_chunks(obs, f, (h, a), 1, normal)[:, 0], following_chunks)
     if isinstance(agent, DSRLNA):
         flat = following.reshape(u * rows, -1)
         chosen = agent.propose(state, flat[:, :f], normal((1, u * rows, h, a)))[0]
@@ -75,6 +80,13 @@ def steered_update(
     return agent.update(state, batches, _each(base, obs, normal((u, b, h, a))), following_chunks)
 
 
+def stored_chunks(rows: Array, num_features: int, chunk: tuple[int, int], n: int, normal: Normal) -> Array:
+    """Rows [U, M, F + S * H * A] that hold S base chunks -> n of each [U, n, M, H, A], none drawn twice."""
+    chunks = rows[..., num_features:].reshape(*rows.shape[:2], -1, *chunk)
+    order = jnp.argsort(normal(chunks.shape[:3]), axis=2)[:, :, :n]
+    return jnp.swapaxes(jnp.take_along_axis(chunks, order[..., None, None], axis=2), 1, 2)
+
+
 def _each(base: BaseChunks, obs: Array, noise: Array) -> Array:
     """obs [*B, F], noise [..., *B, H, A] -> chunks like `noise`, in one call."""
     rows = jnp.broadcast_to(obs, (*noise.shape[:-2], obs.shape[-1]))
@@ -82,4 +94,4 @@ def _each(base: BaseChunks, obs: Array, noise: Array) -> Array:
     return flat.reshape(noise.shape)
 
 
-__all__ = ["BaseChunks", "Normal", "steered_chunks", "steered_update"]
+__all__ = ["BaseChunks", "Normal", "steered_chunks", "steered_update", "stored_chunks"]
