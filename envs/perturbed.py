@@ -66,10 +66,10 @@ class PerturbedEnv:
         self._seeds[env_ids], self._steps[env_ids] = seeds.cpu(), 0
         self._late[env_ids] = self._rest
 
-    def begin_chunk(self, actions: Tensor, num_steps: Tensor) -> None:
+    def begin_chunk(self, actions: Tensor, num_steps: Tensor, images: bool) -> None:
         """See `RunsAhead`; late actions are not told before."""
         if isinstance(self.inner, RunsAhead) and not self.perturbation.action_delay:
-            self.inner.begin_chunk(actions, num_steps)
+            self.inner.begin_chunk(actions, num_steps, images)
 
     def step(self, actions: Tensor, active: Tensor) -> StepOutcome:
         self._steps += active.cpu()

@@ -211,6 +211,7 @@ class RemoteStepEnv:
         self._gone = np.zeros(num_envs, dtype=bool)  # died with its process since the last reset
         self._lost = np.zeros(num_envs, dtype=bool)  # and had not ended
         cameras = self.spec.cameras.items()
+        self._seen = np.zeros(num_envs, dtype=int)  # what `_shown` has of the present state: nothing, state, pictures
         # reward and flags of the steps that were run ahead and not asked for yet
         self._ahead: list[deque[tuple[float, np.ndarray]]] = [deque() for _ in range(num_envs)]
         self._shown = Observation(
@@ -225,11 +226,13 @@ class RemoteStepEnv:
             self._seeds[i], self._history[i] = stream_seed(self._stream, seed), []
             self._running[i] = self._lost[i] = self._gone[i] = False
             self._ahead[i].clear()
+        self._seen[ids] = 0
         self._reset(ids)
 
-    def begin_chunk(self, actions: Tensor, num_steps: Tensor) -> None:
-        """See `RunsAhead`: one question to each process instead of one a step, and none waits for the others."""
-        self._run(actions, num_steps.numpy())
+    def begin_chunk(self, actions: Tensor, num_steps: Tensor, images: bool) -> None:
+        """See `RunsAhead`: one question to each process for all steps and what is seen after them, and none waits for
+        the others."""
+        self._run(actions, num_steps.numpy(), images)
 
     def step(self, actions: Tensor, active: Tensor) -> StepOutcome:
         waiting = active.numpy() & [not ahead for ahead in self._ahead]
@@ -244,17 +247,9 @@ class RemoteStepEnv:
 
     def observe(self, env_ids: Tensor, images: bool) -> Observation:
         """An episode whose process died shows what it showed last."""
-        ids = [i for i in env_ids.tolist() if not self._gone[i]]
-        sentences = list(self._shown.instruction)
+        ids = [i for i in env_ids.tolist() if not self._gone[i] and self._seen[i] < 1 + images]
         for own, (message, arrays) in self._ask("observe", ids, extra={"images": images}):
-            self._shown.state[own] = torch.from_numpy(arrays["state"])
-            worker = self._workers[own[0] % len(self._workers)]
-            local = [i // len(self._workers) for i in own]
-            for camera, pictures in worker.pictures.items() if images else ():
-                self._shown.images[camera][own] = torch.from_numpy(pictures[local])
-            for i, sentence in zip(own, message["sentences"], strict=True):
-                sentences[i] = sentence
-        self._shown = Observation(self._shown.images, self._shown.state, tuple(sentences))
+            self._show(own, message["sentences"], arrays["state"], images)
         shown = self._shown.select(env_ids)  # indexing copies
         return shown if images else Observation({}, shown.state, shown.instruction)
 
@@ -292,6 +287,7 @@ class RemoteStepEnv:
         self._seeds = list(state["seeds"])
         history = [list(h.numpy()) for h in state["history"]]
         self._lost[:] = self._gone[:] = False
+        self._seen[:] = 0
         self._shown = Observation(
             {c: x.clone() for c, x in state["images"].items()}, state["state"].clone(), tuple(state["instruction"])
         )
@@ -327,16 +323,36 @@ class RemoteStepEnv:
             self._lost[waiting] = self._gone[waiting] = False
         self._running[ids] = True
 
-    def _run(self, actions: Tensor, num_steps: np.ndarray) -> None:
-        """Steps of all whose episode goes on, `num_steps` [N] of `actions` [N, K, A]; what came of them is kept."""
+    def _run(self, actions: Tensor, num_steps: np.ndarray, images: bool | None = None) -> None:
+        """Steps of all whose episode goes on, `num_steps` [N] of `actions` [N, K, A]; what came of them is kept, and
+        what is seen then, with pictures or without. None: nothing is looked at."""
         clamped = self.spec.action.clamp(actions).double().numpy()
         ids = np.flatnonzero((num_steps > 0) & ~self._lost & ~self._gone).tolist()
-        chunks = self._ask("run", ids, lambda own: {"actions": clamped[own], "num_steps": num_steps[own]})
-        for own, (_, arrays) in chunks:
+        self._seen[ids] = 0
+        chunks = self._ask(
+            "run", ids, lambda own: {"actions": clamped[own], "num_steps": num_steps[own]}, {"images": images}
+        )
+        for own, (message, arrays) in chunks:
             self._deaths = 0
+            if message["seen"]:
+                w, n = own[0] % len(self._workers), len(self._workers)
+                self._show([w + i * n for i in message["seen"]], message["sentences"], arrays["state"], bool(images))
             for i, done, reward, flags in zip(own, *(arrays[x] for x in ("num_steps", "reward", "flags")), strict=True):
                 self._history[i] += list(clamped[i, :done])
                 self._ahead[i].extend(zip(reward[:done].tolist(), flags[:done], strict=True))
+
+    def _show(self, own: list[int], sentences: Sequence[str], state: np.ndarray, images: bool) -> None:
+        """What environments `own`, all of one process, look like now; the pictures are in the memory shared with it."""
+        self._shown.state[own] = torch.from_numpy(state)
+        worker = self._workers[own[0] % len(self._workers)]
+        local = [i // len(self._workers) for i in own]
+        for camera, pictures in worker.pictures.items() if images else ():
+            self._shown.images[camera][own] = torch.from_numpy(pictures[local])
+        said = list(self._shown.instruction)
+        for i, sentence in zip(own, sentences, strict=True):
+            said[i] = sentence
+        self._shown = Observation(self._shown.images, self._shown.state, tuple(said))
+        self._seen[own] = 1 + images
 
     def _ask(
         self, call: str, ids: Sequence[int], arrays: Any = None, extra: Mapping[str, Any] | None = None

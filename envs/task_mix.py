@@ -46,12 +46,12 @@ class TaskMixEnv:
         for env, rows in self._running(env_ids):
             env.reset(env_ids[rows], seeds[rows])
 
-    def begin_chunk(self, actions: Tensor, num_steps: Tensor) -> None:
+    def begin_chunk(self, actions: Tensor, num_steps: Tensor, images: bool) -> None:
         """See `RunsAhead`; a task's own limit may end an episode before the mixture's."""
         certain = num_steps.minimum(self._limits[self._task] - self._steps)
         for env, mine in self._running(num_steps.nonzero().flatten(), of_all=True):
             if isinstance(env, RunsAhead):
-                env.begin_chunk(actions, torch.where(mine, certain, 0))
+                env.begin_chunk(actions, torch.where(mine, certain, 0), images)
 
     def step(self, actions: Tensor, active: Tensor) -> StepOutcome:
         """One control step; see `StepEnv`."""

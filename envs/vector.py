@@ -135,7 +135,7 @@ class ChunkedEnv:
         taken: Taken | None = None
 
         if isinstance(self._env, RunsAhead):
-            self._env.begin_chunk(actions, self._certain_steps(active, k, record))
+            self._env.begin_chunk(actions, self._certain_steps(active, k, record), self.images)
         for i in range(k):
             if device.type == "cpu" and not bool(active.any()):
                 break  # on a GPU this question would be a synchronisation; frozen environments do not move anyway

@@ -77,9 +77,10 @@ class StepEnv(Protocol):
 class RunsAhead(Protocol):
     """A capability of a `StepEnv`: it can be told a chunk before its steps, to run them in one go."""
 
-    def begin_chunk(self, actions: Tensor, num_steps: Tensor) -> None:
+    def begin_chunk(self, actions: Tensor, num_steps: Tensor, images: bool) -> None:
         """The next `num_steps[i]` (int64 [N]) steps of environment i will be `actions[i]` (float32 [N, K, A]), unless
-        its episode ends before. `step` still tells what came of each, and nothing else is asked in between."""
+        its episode ends before. `step` still tells what came of each, and nothing else is asked in between. `images`:
+        whether those whose episode goes on will be observed with pictures then."""
         ...
 
 

@@ -70,18 +70,26 @@ class Server:
             self.envs[i].reset(int(seed))
         return {}
 
-    def run(self, ids: list[int], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Steps of each environment's chunk, "num_steps" [M] of "actions" [M, K, A] or fewer where its episode ends."""
+    def run(self, ids: list[int], arrays: dict[str, np.ndarray], images: bool | None) -> dict[str, Any]:
+        """Steps of each environment's chunk, "num_steps" [M] of "actions" [M, K, A] or fewer where its episode ends.
+        `images`: observe those whose episode goes on, "seen" of the answer, with pictures or without; None: do not."""
         actions, limits = arrays["actions"], arrays["num_steps"]
         reward, flags = np.zeros(actions.shape[:2], np.float32), np.zeros((*actions.shape[:2], 3), bool)
         done = np.zeros(len(ids), np.int64)
+        goes_on: list[int] = []
         for row, i in enumerate(ids):
             ended = False
             while done[row] < limits[row] and not ended:
                 t = done[row]
                 reward[row, t], *flags[row, t] = self.envs[i].step(actions[row, t])
                 done[row], ended = t + 1, flags[row, t, 0] or flags[row, t, 1]
-        return {"arrays": {"reward": reward, "flags": flags, "num_steps": done}}
+            if not ended:
+                goes_on.append(i)
+        ran = {"reward": reward, "flags": flags, "num_steps": done}
+        if images is None or not goes_on:
+            return {"seen": [], "arrays": ran}
+        looked = self.observe(goes_on, images)
+        return looked | {"seen": goes_on, "arrays": ran | looked["arrays"]}
 
     def observe(self, ids: list[int], images: bool) -> dict[str, Any]:
         states, sentences = [], []
@@ -105,8 +113,10 @@ class Server:
         if call == "attach":
             self.attach(message["path"])
             return {}
-        if call in ("reset", "run"):
-            return getattr(self, call)(ids, arrays)
+        if call == "reset":
+            return self.reset(ids, arrays)
+        if call == "run":
+            return self.run(ids, arrays, message["images"])
         if call == "observe":
             return self.observe(ids, message["images"])
         if call in ("render", "expert"):

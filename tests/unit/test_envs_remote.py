@@ -87,7 +87,40 @@ def test_a_chunk_is_one_question_and_the_same_as_its_steps(monkeypatch) -> None:
     assert (one.end_step < 0).any()
     for field in ("rewards", "executed", "terminated", "truncated", "success", "success_at_end", "end_step"):
         assert torch.equal(getattr(one, field), getattr(other, field)), field
-    assert torch.equal(one.obs.state, other.obs.state)
+    for seen, too in ((one.obs, other.obs), (one.final_obs, other.final_obs)):
+        assert torch.equal(seen.state, too.state)
+        assert torch.equal(seen.images["agent"], too.images["agent"])
+
+
+def test_what_is_seen_after_a_chunk_comes_with_it_and_is_not_asked_for_twice(monkeypatch) -> None:
+    asked: list[tuple[str, list[int]]] = []
+    send = protocol.send
+    monkeypatch.setattr(remote, "send", lambda channel, message, arrays=None: (
+        asked.append((message["call"], message.get("ids"))), send(channel, message, arrays))[1])  # fmt: skip
+    simulator = RemoteStepEnv(_config(max_episode_steps=100), 4, num_workers=2)
+    asked.clear()
+    env = ChunkedEnv(simulator, final_images=False, auto_reset=False)
+    env.reset(range(4))
+    assert [call for call, _ in asked] == ["reset"] * 2 + ["observe"] * 2
+    env.step(torch.zeros(4, 2, 2))
+    assert [call for call, _ in asked[4:]] == ["run"] * 2
+    del asked[:]
+    actions = torch.zeros(4, 30, 2)
+    actions[0, :, 0], actions[1:, :, 0] = 1.0, -env.observe().state[1:, 1, None] / 0.3  # one goes, the others stay
+    ends = env.step(actions)
+    assert ends.terminated.tolist() == [True, False, False, False]
+    assert asked[2:] == [("observe", [0])] * 2  # its state, then its picture
+    del asked[:]
+    frozen = env.step(torch.zeros(4, 1, 2))
+    assert [call for call, _ in asked] == ["run"] * 2
+    assert torch.equal(frozen.obs.images["agent"][0], ends.obs.images["agent"][0])
+    seen = env.observe()
+    assert len(asked) == 2
+    assert torch.equal(seen.state, frozen.obs.state)
+    simulator.step(torch.ones(4, 2), torch.tensor([False, True, False, False]))  # not a chunk: nothing came with it
+    assert not torch.equal(env.observe().state[1], seen.state[1])
+    assert asked[-1] == ("observe", [0])
+    env.close()
 
 
 def test_streams_do_not_share_an_episode() -> None:
