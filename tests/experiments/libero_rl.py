@@ -1,6 +1,6 @@
 """Learning experiment: the tiny VLA on three LIBERO tasks, fine-tuned on few demonstrations, then EXPO online.
 
-    make experiment NAME=libero_rl ARGS="--task spatial"     # or object, goal: an hour and a half a seed on two cores
+    make experiment NAME=libero_rl ARGS="--task spatial"     # or object, goal: an hour a seed on two cores
 
 For each seed the recipe's demonstrations and policy, and from it EXPO with and without a reward: the control's critic
 never learns, so it picks among the policy's chunks and edits them by what its first weights say. Training begins from
