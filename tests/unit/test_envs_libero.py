@@ -50,6 +50,16 @@ def _expert_episode(env: ChunkedEnv, seed: int) -> tuple[bool, int, float]:
     raise AssertionError("the episode has no end")
 
 
+def _run_in_libero(code: str, path: Path) -> None:
+    """Run `code` in LIBERO's Python; its arguments are `path`, the file that it is to write, and the assets."""
+    configuration = Path(install.environments_folder()) / "libero" / "config"
+    subprocess.run(
+        [install.simulator_python("libero"), "-c", code, path, os.environ["VLA_RL_LIBERO_ASSETS"]],
+        check=True,
+        env={**os.environ, "MUJOCO_GL": "egl", "LIBERO_CONFIG_PATH": str(configuration)},
+    )
+
+
 @needs_libero
 def test_spec_and_language(soup: ChunkedEnv) -> None:
     spec = soup.spec
@@ -106,16 +116,7 @@ def episodes():
 ours, host._once_a_substep = episodes(), lambda sim: None
 np.savez(sys.argv[1], ours=ours, own=episodes())
 """
-    environment = {
-        **os.environ,
-        "MUJOCO_GL": "egl",
-        "LIBERO_CONFIG_PATH": str(Path(install.environments_folder()) / "libero" / "config"),
-    }
-    subprocess.run(
-        [install.simulator_python("libero"), "-c", code, tmp_path / "rows.npz", os.environ["VLA_RL_LIBERO_ASSETS"]],
-        check=True,
-        env=environment,
-    )
+    _run_in_libero(code, tmp_path / "rows.npz")
     with np.load(tmp_path / "rows.npz") as rows:
         assert rows["own"][-1, -2:].tolist() == [1.0, 1.0]  # it succeeds: the arm has touched what it moves
         np.testing.assert_array_equal(rows["ours"], rows["own"])
@@ -212,12 +213,7 @@ cameras = ("agentview", "robot0_eye_in_hand")
 np.savez(sys.argv[1], **{{c: sim.render(64, 64, camera_name=c)[::-1, ::-1] for c in cameras}})
 """
     path = Path(install.environments_folder()) / "libero" / "native_pictures.npz"
-    environment = {**os.environ, "MUJOCO_GL": "egl", "LIBERO_CONFIG_PATH": str(path.parent / "config")}
-    subprocess.run(
-        [install.simulator_python("libero"), "-c", code, path, os.environ["VLA_RL_LIBERO_ASSETS"]],
-        check=True,
-        env=environment,
-    )
+    _run_in_libero(code, path)
     with np.load(path) as native:
         for camera in config.cameras:
             difference = np.abs(native[camera].astype(int) - ours[camera][0].numpy().astype(int))

@@ -36,7 +36,7 @@ from vla_rl.policies.build import build_policy
 from vla_rl.policies.checkpoints.native import load_policy, save_policy
 from vla_rl.policies.steered import SteeredPolicy, SteeredPolicyConfig
 from vla_rl.train.checkpoint import CheckpointError, load_state, save_state
-from vla_rl.train.offpolicy import OffPolicyConfig, OnlineConfig
+from vla_rl.train.offpolicy import OfflineConfig, OffPolicyConfig, OnlineConfig
 from vla_rl.train.offpolicy_stages import build_learner, check_stages
 
 NET, CRITIC, MIN = ActorNetConfig((32,)), MLPCriticConfig(2, (32, 32)), EnsembleReduction("min", None)
@@ -213,9 +213,17 @@ def test_an_update_takes_different_ones_of_the_stored_chunks_and_in_time_all():
     assert abs(counts / 60 - 1).max() < 0.5
 
 
-def test_fewer_stored_chunks_than_an_update_takes_are_refused():
+def test_stored_chunks_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="num_stored is 2: give 0, or at least num_base 4"):
         ExpoConfig(num_base=4, num_stored=2)
+    with pytest.raises(ValueError, match="the same num_stored, not 0 and 8"):
+        OffPolicyConfig(
+            agent=AGENTS["expo_stored"],
+            online_agent=AGENTS["expo"],
+            horizon=2,
+            offline=OfflineConfig(),
+            online=OnlineConfig(execution_horizon=2),
+        )
 
 
 def test_what_cannot_be_steered_is_refused_before_a_run():

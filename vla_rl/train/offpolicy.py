@@ -207,6 +207,12 @@ class OffPolicyConfig:
             )
         if self.online_agent is not None and self.offline is None:
             raise ValueError("OffPolicyConfig.online_agent is that after the switch: without offline there is none")
+        stored = {getattr(agent, "num_stored", 0) for agent in (self.agent, self.online_agent or self.agent)}
+        if len(stored) > 1:
+            raise ValueError(
+                "agent and online_agent read the same demonstrations: give both the same num_stored, not "
+                f"{' and '.join(map(str, sorted(stored)))}"
+            )
         if self.online is not None:
             self.online.require_horizon(self.horizon)
             if self.offline is None and self.online.carried != CarryOver():
